@@ -1,0 +1,71 @@
+"""Plain-torch definitions of the ops, written like their equations: the truth in fp64, "plain torch" in any other dtype.
+
+Differentiable by ordinary autograd, on any device. Deliberately not an implementation to learn speed from.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Elements of the largest intermediate per block of queries; blocks are recomputed in backward, so memory stays near this.
+BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale=None):
+    """out_i = sum_jk P_ijk (v1_j * v2_k) and lse_i = ln sum_jk exp(A_ijk), P the joint softmax over the valid (j, k) of
+    A_ijk = scale * sum_d q_id k1_jd k2_kd, valid(i) = {i - w1 < j <= i and i - w2 < k <= i}, i the absolute position.
+
+    q [B, Nq, Hq, D]; k1, k2, v1, v2 [B, Nk, Hkv, D]; the queries are the last Nq positions.
+    Returns out like q and lse [B, Hq, Nq] in fp32 (fp64 for fp64 inputs).
+    """
+    batch, n_q, heads, dim = q.shape
+    n_k = k1.shape[1]
+    w1, w2 = min(w1, n_k), min(w2, n_k)
+    scale = dim**-0.5 if scale is None else scale
+
+    cost_of_query = batch * heads * w1 * max(w2, dim)
+    block = max(1, BLOCK_ELEMENTS[q.device.type] // max(1, cost_of_query))
+    outs, lses = [], []
+    for start in range(0, n_q, block):
+        stop = min(start + block, n_q)
+        positions = torch.arange(start, stop, device=q.device) + (n_k - n_q)
+        windows = [_rows(x, w, start + n_k - n_q, stop + n_k - n_q) for x, w in zip((k1, k2, v1, v2), (w1, w2) * 2)]
+        out, lse = checkpoint(_attend, q[:, start:stop], *windows, w1, w2, positions, scale, use_reentrant=False)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return q.clone(), q.new_empty(batch, heads, 0, dtype=wide(q.dtype))
+    return torch.cat(outs, 1), torch.cat(lses, 1).transpose(1, 2)
+
+
+def wide(dtype):
+    """The dtype that torch.matmul accumulates in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(x, w, start, stop):
+    """Rows start-w+1 .. stop-1 of x, zeros before the first, widened: gradients of overlapping windows then add up in the
+    wide dtype, as inside a matmul, and plain bf16 is not judged worse than it has to be."""
+    first = start - w + 1
+    return F.pad(x[:, max(first, 0) : stop].to(wide(x.dtype)), (0, 0, 0, 0, max(-first, 0), 0))
+
+
+def _attend(q, k1, k2, v1, v2, w1, w2, positions, scale):
+    batch, n, heads, dim = q.shape
+    kv_heads = k1.shape[2]
+
+    def per_query(x, w):  # -> [B, n, Hkv, 1, w, D], the last w rows that each query sees
+        return x.unfold(1, w, 1).movedim(-1, 3).unsqueeze(3).to(q.dtype)
+
+    k1, k2, v1, v2 = per_query(k1, w1), per_query(k2, w2), per_query(v1, w1), per_query(v2, w2)
+    q = q.reshape(batch, n, kv_heads, heads // kv_heads, 1, dim)
+    logits = ((q * k1) @ k2.transpose(-1, -2)) * scale  # [B, n, Hkv, G, w1, w2]
+
+    j = positions[:, None] - w1 + 1 + torch.arange(w1, device=q.device)
+    k = positions[:, None] - w2 + 1 + torch.arange(w2, device=q.device)
+    valid = (j >= 0)[:, :, None] & (k >= 0)[:, None, :]  # [n, w1, w2]
+    logits = logits.masked_fill(~valid[:, None, None], -torch.inf).flatten(-2)
+    lse = logits.to(wide(q.dtype)).logsumexp(-1)
+    p = logits.softmax(-1).unflatten(-1, (w1, w2))
+    out = ((p @ v2) * v1).sum(-2)
+    return out.reshape(batch, n, heads, dim), lse.reshape(batch, n, heads)
