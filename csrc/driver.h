@@ -14,7 +14,6 @@ namespace simplex {
   F(cuDriverGetVersion)                \
   F(cuGetErrorName)                    \
   F(cuGetErrorString)                  \
-  F(cuDeviceGet)                       \
   F(cuDeviceGetAttribute)              \
   F(cuDevicePrimaryCtxRetain)          \
   F(cuCtxGetDevice)                    \
@@ -32,13 +31,15 @@ struct Driver {
 #define SIMPLEX_DECLARE(name) decltype(&::name) name;
   SIMPLEX_DRIVER_FUNCTIONS(SIMPLEX_DECLARE)
 #undef SIMPLEX_DECLARE
+  int version;  // what cuDriverGetVersion says, 13010 for CUDA 13.1
 };
 
 // The process's driver: loaded and initialised by the first call from any thread, later calls are one atomic read.
 // Throws std::runtime_error if there is no usable driver; the next call then tries again.
 const Driver& driver();
 
-// Opens `library` and looks up every function. Separate from driver() so that a test can name a library that is not there.
+// Opens `library`, looks up every function and initialises it. Apart from driver() so that a test can name a library that is
+// not there.
 Driver load_driver(const char* library);
 
 // Makes driver() return `fake`, or the real one again for nullptr. Tests only.

@@ -15,8 +15,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <mutex>
-#include <string>
-#include <vector>
 
 namespace simplex {
 
@@ -109,7 +107,6 @@ Span<Kernel> kernel_table();
 class KernelFamily {
  public:
   KernelFamily(const char* family, std::initializer_list<const char*> key_names);
-  ~KernelFamily();
   KernelFamily(const KernelFamily&) = delete;
   KernelFamily& operator=(const KernelFamily&) = delete;
 
@@ -119,14 +116,17 @@ class KernelFamily {
   const Kernel& find(int device, std::initializer_list<int64_t> key) const;
 
  private:
-  struct Candidates;
-  const Candidates& candidates(int device) const;
-  [[noreturn]] void throw_not_found(int device, std::initializer_list<int64_t> key) const;
+  struct Candidate;
+  const Span<Candidate>& candidates(int device) const;
+  void check_key_names(const Kernel& kernel) const;
+  [[noreturn]] void throw_not_found(int device, const int64_t* key) const;
 
   const char* family_;
-  std::vector<const char*> key_names_;
+  size_t num_keys_;
+  std::array<const char*, kMaxKeys> key_names_;
   mutable std::mutex mutex_;
-  mutable std::array<std::atomic<const Candidates*>, kMaxDevices> candidates_{};
+  // The rows that run on a device, best first. Never freed: a thread may still launch while static objects are destroyed.
+  mutable std::array<std::atomic<const Span<Candidate>*>, kMaxDevices> candidates_{};
 };
 
 // What a TMA descriptor argument is made of. Sizes and strides in elements, slowest dimension first, last stride 1.
