@@ -1,0 +1,96 @@
+"""A decoder-only language model whose layers are chosen by name."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simplex_ops.models.config import DecoderConfig
+from simplex_ops.models.registry import make_layer
+
+
+class DecoderLM(nn.Module):
+    """Token embedding, layers by name, RMSNorm, head.
+
+    Shapes: tokens [batch, length] of int64, logits [batch, length, vocab_size]. The model trains and exports through
+    ``model(tokens)`` (batch and length may be dynamic), decodes through `generate`, and scripts as a whole::
+
+        model = DecoderLM(DecoderConfig(layers=interleave(8)))
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        text = model.generate(prompt, 100, temperature=0.8)
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Rows of unit length, so that a tied head gives logits of order 1; scaled up to order 1 on the way in.
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding_scale = math.sqrt(config.dim)
+        self.layers = nn.ModuleList(make_layer(name, config) for name in config.layers)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._initialize()
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def _initialize(self) -> None:
+        """Every projection keeps the variance of its input; what the layers add up to has that of one of them."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                depth = 2 * len(self.layers) if name.endswith(".wo") else 1
+                nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
+
+    def forward(self, tokens: Tensor, cache: list[list[Tensor]] | None = None, position: int = 0) -> Tensor:
+        """Logits of the token after each of ``tokens``; with a cache, ``position`` tokens came before these."""
+        x = self.embedding(tokens) * self.embedding_scale
+        for index, layer in enumerate(self.layers):
+            layer_cache: list[Tensor] | None = None
+            if cache is not None:
+                layer_cache = cache[index]
+            x = layer(x, layer_cache, position)
+        return self.head(self.norm(x))
+
+    @torch.jit.export
+    def new_cache(self, batch: int, max_length: int) -> list[list[Tensor]]:
+        """Empty caches of all layers, for ``batch`` sequences of at most ``max_length`` tokens."""
+        caches: list[list[Tensor]] = []
+        for layer in self.layers:
+            caches.append(layer.new_cache(batch, max_length))
+        return caches
+
+    @torch.jit.export
+    def generate(self, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Append ``count`` sampled tokens to ``tokens`` [batch, length >= 1].
+
+        A ``temperature`` of 0 takes the most likely token; ``top_k`` > 0 samples among the k most likely ones. Random
+        numbers come from torch's default generator.
+        """
+        if tokens.size(1) < 1:
+            raise ValueError(f"generate: expected tokens to hold at least 1 token, got {tokens.size(1)}")
+        with torch.no_grad():
+            cache = self.new_cache(tokens.size(0), tokens.size(1) + count)
+            step, position = tokens, 0
+            for _ in range(count):
+                logits = self.forward(step, cache, position)[:, -1]
+                position += step.size(1)
+                step = _sample(logits, temperature, top_k)
+                tokens = torch.cat((tokens, step), dim=1)
+            return tokens
+
+    def num_parameters(self) -> int:
+        """Number of trained values, a tied weight counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k > 0:
+        threshold = logits.topk(min(top_k, logits.size(-1)), dim=-1)[0][:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    return torch.multinomial(F.softmax(logits, dim=-1), 1)

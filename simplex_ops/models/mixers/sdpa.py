@@ -1,0 +1,74 @@
+"""Dot-product attention as a mixer: "sdpa", and "sdpa_twin" with the parameters of "two_simplicial"."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simplex_ops.models.config import DecoderConfig
+from simplex_ops.models.registry import register_mixer
+
+
+class DotProductAttention(nn.Module):
+    """Causal `scaled_dot_product_attention` with rotary positions and grouped key/value heads."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, rope_base: float = 10000.0) -> None:
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(
+                f"DotProductAttention: expected heads to be a multiple of kv_heads ({kv_heads}), got {heads}"
+            )
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.wq = nn.Linear(dim, heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(heads * head_dim, dim, bias=False)
+        frequencies = rope_base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
+        length = x.size(1)
+        q = self.wq(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        positions = torch.arange(position, position + length, device=x.device)
+        angles = positions[:, None] * self.frequencies
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        mask: Tensor | None = None
+        if cache is not None:
+            rows = cache[0]
+            rows[:, :, :, position : position + length] = torch.stack((k, v)).to(rows.dtype)
+            k, v = rows[:, :, :, : position + length].to(q.dtype).unbind(0)
+            # is_causal would align the mask with the first key instead of the last.
+            mask = torch.arange(position + length, device=x.device) <= positions[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+    @torch.jit.export
+    def new_cache(self, batch: int, max_length: int) -> list[Tensor]:
+        """Keys and values [2, batch, kv_heads, max_length, head_dim]."""
+        weight = self.wk.weight
+        shape = [2, batch, self.kv_heads, max_length, self.head_dim]
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device)]
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate each pair (x_d, x_{d + D/2}) of ``x`` [..., length, D] by ``angles`` [length, D/2]."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def sdpa(config: DecoderConfig, rope_base: float = 10000.0) -> DotProductAttention:
+    return DotProductAttention(config.dim, config.heads, config.kv_heads, config.head_dim, rope_base)
+
+
+def sdpa_twin(config: DecoderConfig, rope_base: float = 10000.0) -> DotProductAttention:
+    # The two keys and two values of a 2-simplicial layer weigh as much as one key and one value of twice the heads:
+    # equal parameters to the last one, and an equal MLP.
+    return DotProductAttention(config.dim, config.heads, 2 * config.kv_heads, config.head_dim, rope_base)
+
+
+register_mixer("sdpa", sdpa)
+register_mixer("sdpa_twin", sdpa_twin)
