@@ -164,6 +164,12 @@ struct Arg {
 // count, type or (at the kernel's first launch) name, if a pointer or integer breaks a divisibility that the cubin relies
 // on, or if grid y or z is past 65535; a grid with a zero launches nothing. The first launch on a device loads the cubin; it
 // may be inside a graph capture. Later launches neither lock nor allocate.
-void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid, std::initializer_list<Arg> args);
+void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid, Span<Arg> args);
+
+// The same, written in place: launch(kernel, device, stream, {blocks, heads, batch}, {{"q_ptr", q}, {"n_q", n_q}}).
+inline void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid,
+                   std::initializer_list<Arg> args) {
+  launch(kernel, device, stream, grid, Span<Arg>(args.begin(), args.size()));
+}
 
 }  // namespace simplex

@@ -42,24 +42,24 @@ std::string hex_string(const void* pointer) {
   return text;
 }
 
-void check_count(const Kernel& kernel, std::initializer_list<Arg> args) {
-  if (args.size() == kernel.params.size) return;
+void check_count(const Kernel& kernel, Span<Arg> args) {
+  if (args.size == kernel.params.size) return;
   std::string names;
   for (const Param& param : kernel.params) names += std::string(names.empty() ? "" : ", ") + param.name;
   throw std::runtime_error(std::string(kernel.name) + ": expected " + std::to_string(kernel.params.size) + " arguments (" +
-                           names + "), got " + std::to_string(args.size()));
+                           names + "), got " + std::to_string(args.size));
 }
 
 // Names cost a strcmp each and a call site does not change its own: compared once per kernel. The count and the types, which
 // decide what memory the kernel reads, are compared at every launch.
-void check_names(const Kernel& kernel, std::initializer_list<Arg> args) {
-  for (size_t i = 0; i < args.size(); ++i) {
-    const char* got = args.begin()[i].name;
+void check_names(const Kernel& kernel, Span<Arg> args) {
+  for (size_t i = 0; i < args.size; ++i) {
+    const char* got = args[i].name;
     if (!same(got, kernel.params[i].name)) {
       throw_argument(kernel, kernel.params[i].name, "argument " + std::to_string(i) + ", got " + got);
     }
   }
-  size_t seen_by_kernel = args.size() + 2, maps = 0;
+  size_t seen_by_kernel = args.size + 2, maps = 0;
   for (const Param& param : kernel.params) {
     if (param.type != ParamType::TensorMap) continue;
     if (maps < kernel.tensor_maps.size) seen_by_kernel += 2 * kernel.tensor_maps[maps].block_size.size;
@@ -155,9 +155,9 @@ void pack_descriptor(const Driver& cu, const Kernel& kernel, const Arg& arg, Pac
   for (int i = 0; i < d.rank; ++i) packed.add(&d.strides[i]);
 }
 
-void pack(const Driver& cu, const Kernel& kernel, std::initializer_list<Arg> args, PackedParams& packed) {
-  for (size_t i = 0; i < args.size(); ++i) {
-    const Arg& arg = args.begin()[i];
+void pack(const Driver& cu, const Kernel& kernel, Span<Arg> args, PackedParams& packed) {
+  for (size_t i = 0; i < args.size; ++i) {
+    const Arg& arg = args[i];
     const Param& param = kernel.params[i];
     if (arg.type != param.type) {
       throw_argument(kernel, param.name, std::string(type_string(param.type)) + ", got " + type_string(arg.type));
@@ -301,7 +301,7 @@ std::string grid_string(const std::array<unsigned, 3>& grid) {
 
 }  // namespace
 
-void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid, std::initializer_list<Arg> args) {
+void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid, Span<Arg> args) {
   check_count(kernel, args);
   if (!kernel.loaded.params_match.load(std::memory_order_acquire)) check_names(kernel, args);
   if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return;
