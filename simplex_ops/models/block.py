@@ -36,4 +36,4 @@ class Block(nn.Module):
 
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int) -> list[Tensor]:
-        return self.mixer.new_cache(batch, max_length)
+        return self.mixer.new_cache(batch, max_length)  # type: ignore[operator]

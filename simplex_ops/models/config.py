@@ -37,7 +37,7 @@ class DecoderConfig:
     mlp_dim: int = 704
     layers: tuple[str, ...] = interleave(8)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    tied: bool = True
+    tied: bool = False
     norm_eps: float = 1e-6
 
 

@@ -59,7 +59,7 @@ class DecoderLM(nn.Module):
         """Empty caches of all layers, for ``batch`` sequences of at most ``max_length`` tokens."""
         caches: list[list[Tensor]] = []
         for layer in self.layers:
-            caches.append(layer.new_cache(batch, max_length))
+            caches.append(layer.new_cache(batch, max_length))  # type: ignore[operator]
         return caches
 
     @torch.jit.export

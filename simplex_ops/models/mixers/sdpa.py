@@ -11,6 +11,8 @@ from simplex_ops.models.registry import register_mixer
 class DotProductAttention(nn.Module):
     """Causal `scaled_dot_product_attention` with rotary positions and grouped key/value heads."""
 
+    frequencies: Tensor
+
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, rope_base: float = 10000.0) -> None:
         super().__init__()
         if heads % kv_heads:
