@@ -1,7 +1,8 @@
-"""Build of the wheel: cubins (triton_kernels), the stable-ABI library _C.so and one C++ autograd binding. No GPU, no nvcc.
+"""Build of the wheel: cubins (triton_kernels), the stable-ABI library _C.so and a C++ autograd binding. No GPU, no nvcc.
 
-Environment: SIMPLEX_ARCHS="80,90" builds only those architectures; SIMPLEX_BINDINGS_DIR=DIR adds the `_autograd_*.so` found
-there, made in other environments by `python setup.py build_binding --out DIR` (one per torch minor; they share no ABI).
+Environment: SIMPLEX_ARCHS="80,90" builds only those architectures; SIMPLEX_BINDINGS_DIR=DIR adds the `_autograd_*.so`
+of that folder, made in other environments by `python setup.py build_binding --out DIR` (one per minor release of torch,
+whose C++ ABI they depend on).
 """
 
 import os
@@ -43,7 +44,7 @@ def binding_name() -> str:
 
 
 def compile_library(name: str, sources: list[Path], defines: str = "", also: list[Path] | None = None) -> Path:
-    """build/cpp/<torch>/<name>, incrementally. `also`: files that the sources include behind the compiler's back (.incbin)."""
+    """build/cpp/<torch>/<name>, incrementally. `also`: what the kernel table includes behind the compiler's back."""
     import torch
     import triton
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -51,7 +52,7 @@ def compile_library(name: str, sources: list[Path], defines: str = "", also: lis
     folder = BUILD / "cpp" / f"torch-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     cuda_types = Path(triton.__file__).parent / "backends/nvidia/include"
-    # -isystem: warnings are for our own code. The types of cuda.h come last, torch must not find Triton's other headers.
+    # -isystem: warnings are for our own code. Triton's folder comes last: torch must not find its other headers.
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem {p}" for p in include_paths()), f"-idirafter {cuda_types}"]
     libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu -lc10 -lpthread -ldl"]
     rules = NINJA.format(cxx=os.environ.get("CXX", "g++"), link=LINK, libraries=" ".join(libraries))
@@ -107,7 +108,9 @@ class BuildLibraries(build_ext):
 
 class BuildBinding(Command):
     description = "build only the C++ autograd binding, for the torch that is installed"
-    user_options = [("out=", None, "folder that receives _autograd_<major>_<minor>.so")]
+    user_options = [  # noqa: RUF012 (setuptools' own interface)
+        ("out=", None, "folder that receives _autograd_<major>_<minor>.so"),
+    ]
 
     def initialize_options(self):
         self.out = None
