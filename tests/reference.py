@@ -1,4 +1,4 @@
-"""Plain-torch definitions of the ops, written like their equations: the truth in fp64, "plain torch" in any other dtype.
+"""Plain-torch definitions of the ops, like their equations: the truth in fp64, "plain torch" in any other dtype.
 
 Differentiable by ordinary autograd, on any device. Deliberately not an implementation to learn speed from.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Elements of the largest intermediate per block of queries; blocks are recomputed in backward, so memory stays near this.
+# Elements of the largest intermediate of a block of queries. Backward recomputes block by block: memory stays near it.
 BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
@@ -29,7 +29,10 @@ def two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale=None):
     for start in range(0, n_q, block):
         stop = min(start + block, n_q)
         positions = torch.arange(start, stop, device=q.device) + (n_k - n_q)
-        windows = [_rows(x, w, start + n_k - n_q, stop + n_k - n_q) for x, w in zip((k1, k2, v1, v2), (w1, w2) * 2)]
+        windows = [
+            _rows(x, w, start + n_k - n_q, stop + n_k - n_q)
+            for x, w in zip((k1, k2, v1, v2), (w1, w2) * 2, strict=True)
+        ]
         out, lse = checkpoint(_attend, q[:, start:stop], *windows, w1, w2, positions, scale, use_reentrant=False)
         outs.append(out)
         lses.append(lse)
@@ -44,8 +47,8 @@ def wide(dtype):
 
 
 def _rows(x, w, start, stop):
-    """Rows start-w+1 .. stop-1 of x, zeros before the first, widened: gradients of overlapping windows then add up in the
-    wide dtype, as inside a matmul, and plain bf16 is not judged worse than it has to be."""
+    """Rows start-w+1 .. stop-1 of x, zeros before the first, widened: gradients of overlapping windows then add up in
+    the wide dtype, as inside a matmul, so that plain bf16 is as good, and the 2x rule as strict, as it can be."""
     first = start - w + 1
     return F.pad(x[:, max(first, 0) : stop].to(wide(x.dtype)), (0, 0, 0, 0, max(-first, 0), 0))
 
