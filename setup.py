@@ -1,4 +1,4 @@
-"""Build of the wheel: cubins (triton_kernels), the stable-ABI library _C.so and a C++ autograd binding. No GPU, no nvcc.
+"""Build of the wheel: cubins (triton_kernels), the stable-ABI _C.so and a C++ autograd binding. Needs no GPU or nvcc.
 
 Environment: SIMPLEX_ARCHS="80,90" builds only those architectures; SIMPLEX_BINDINGS_DIR=DIR adds the `_autograd_*.so`
 of that folder, made in other environments by `python setup.py build_binding --out DIR` (one per minor release of torch,

@@ -24,7 +24,8 @@ const char* or_unknown(const char* text) { return text ? text : "unknown"; }
 }  // namespace
 
 Driver load_driver(const char* library) {
-  void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);  // never closed: the kernels stay loaded as long as the process
+  void* handle =
+      dlopen(library, RTLD_NOW | RTLD_LOCAL);  // never closed: the kernels stay loaded as long as the process
   if (!handle) {
     throw std::runtime_error(std::string("simplex_ops: cannot load the NVIDIA driver ") + library + ": " +
                              or_unknown(dlerror()));

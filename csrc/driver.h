@@ -38,8 +38,8 @@ struct Driver {
 // Throws std::runtime_error if there is no usable driver; the next call then tries again.
 const Driver& driver();
 
-// Opens `library`, looks up every function and initialises it. Apart from driver() so that a test can name a library that is
-// not there.
+// Opens `library`, looks up every function and initialises it. Apart from driver() so that a test can name a library
+// that is not there.
 Driver load_driver(const char* library);
 
 // Makes driver() return `fake`, or the real one again for nullptr. Tests only.

@@ -35,8 +35,8 @@ struct DeviceInfo {
 
 void check_device(int device) {
   if (device < 0 || device >= kMaxDevices) {
-    throw std::runtime_error("simplex_ops: expected a CUDA device index below " + std::to_string(kMaxDevices) + ", got " +
-                             std::to_string(device));
+    throw std::runtime_error("simplex_ops: expected a CUDA device index below " + std::to_string(kMaxDevices) +
+                             ", got " + std::to_string(device));
   }
 }
 
@@ -50,17 +50,20 @@ DeviceInfo device_info(int device) {
     }
     return value;
   };
-  return {attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR), attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+  return {attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+          attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
           attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)};
 }
 
-// A cubin runs within its major version from its own minor version on; one built for an `a` target only on that very chip.
+// A cubin runs within its major version from its own minor version on; one built for an `a` target only on that very
+// chip.
 bool runs_on(const Kernel& kernel, const DeviceInfo& info) {
   const int major = kernel.arch / 10, minor = kernel.arch % 10;
   return major == info.major && (kernel.arch_suffix == 'a' ? minor == info.minor : minor <= info.minor);
 }
 
-// Of two rows that run, the newer target knows more of the chip, and so does the more specific one: sm_90 < sm_90f < sm_90a.
+// Of two rows that run, the newer target knows more of the chip, and so does the more specific one: sm_90 < sm_90f <
+// sm_90a.
 int preference(const Kernel& kernel) {
   return 3 * kernel.arch + (kernel.arch_suffix == 'a' ? 2 : kernel.arch_suffix == 'f' ? 1 : 0);
 }
@@ -89,8 +92,8 @@ KernelFamily::KernelFamily(const char* family, std::initializer_list<const char*
 
 const Kernel& KernelFamily::find(int device, std::initializer_list<int64_t> key) const {
   if (key.size() != num_keys_) {
-    throw std::runtime_error(std::string(family_) + ": expected a key of " + std::to_string(num_keys_) + " values, got " +
-                             std::to_string(key.size()));
+    throw std::runtime_error(std::string(family_) + ": expected a key of " + std::to_string(num_keys_) +
+                             " values, got " + std::to_string(key.size()));
   }
   for (const Candidate& candidate : candidates(device)) {
     if (std::equal(key.begin(), key.end(), candidate.key.begin())) return *candidate.kernel;

@@ -2,11 +2,13 @@
 //
 // The table is generated (triton_kernels/build.py -> build/kernels/kernels.cpp). What the generated file must contain:
 //   * #include "kernel.h", everything in namespace simplex, tables `static const` and constant-initialised;
-//   * per cubin an `asm(".incbin ...")` into .rodata, 64-byte aligned, with a hidden extern declaration and its size as a literal;
+//   * per cubin an `asm(".incbin ...")` into .rodata, 64-byte aligned, with a hidden extern declaration and its size as
+//   a literal;
 //   * `static const Kernel kTable[]`, one positional initialiser per row, fields in the order of struct Kernel;
 //   * `Span<Kernel> kernel_table() { return kTable; }`.
-// Rows of a family carry the same key names in the same order. Rows that share a key and an arch differ in their tile: the
-// launcher takes the first in table order that fits the device's shared memory, so the table lists the fastest first.
+// Rows of a family carry the same key names in the same order. Rows that share a key and an arch differ in their tile:
+// the launcher takes the first in table order that fits the device's shared memory, so the table lists the fastest
+// first.
 #pragma once
 
 #include <array>
@@ -21,7 +23,8 @@ namespace simplex {
 // A device index is a bit of Kernel::Loaded::devices.
 constexpr int kMaxDevices = 64;
 constexpr int kMaxKeys = 8;
-constexpr int kMaxParams = 96;  // as the kernel sees them: a tensor map of rank r counts 1 + 2r, plus the 2 scratch pointers
+constexpr int kMaxParams =
+    96;  // as the kernel sees them: a tensor map of rank r counts 1 + 2r, plus the 2 scratch pointers
 constexpr int kMaxTensorMaps = 8;
 constexpr int kMaxTensorMapRank = 5;
 
@@ -51,8 +54,8 @@ struct Constant {
 
 enum class ParamType : uint8_t { Pointer, I32, I64, F32, TensorMap };
 
-// A run-time parameter, without the hidden ones. `divisibility` is what the cubin was compiled to rely on: a power of two,
-// in bytes for a pointer and in units for an integer; 1 promises nothing.
+// A run-time parameter, without the hidden ones. `divisibility` is what the cubin was compiled to rely on: a power of
+// two, in bytes for a pointer and in units for an integer; 1 promises nothing.
 struct Param {
   const char* name;
   ParamType type;
@@ -88,7 +91,8 @@ struct Kernel {
   const unsigned char* cubin;
   size_t cubin_size;
 
-  // The launcher's own state, left out of the generated initialiser. Mutable, because the table is const to everybody else.
+  // The launcher's own state, left out of the generated initialiser. Mutable, because the table is const to everybody
+  // else.
   struct Loaded {
     std::atomic<void*> handle{nullptr};     // CUkernel: one per process, the driver maps it to each context
     std::atomic<uint64_t> devices{0};       // bit d: `handle` is ready to launch on device d
@@ -110,9 +114,9 @@ class KernelFamily {
   KernelFamily(const KernelFamily&) = delete;
   KernelFamily& operator=(const KernelFamily&) = delete;
 
-  // The row for these key values (in the order of key_names) that suits the device best: newest arch first, then table order,
-  // among those that fit its shared memory. Throws std::runtime_error naming what was asked for and what the wheel has.
-  // Thread-safe; after the first call for a device it neither locks nor allocates.
+  // The row for these key values (in the order of key_names) that suits the device best: newest arch first, then table
+  // order, among those that fit its shared memory. Throws std::runtime_error naming what was asked for and what the
+  // wheel has. Thread-safe; after the first call for a device it neither locks nor allocates.
   const Kernel& find(int device, std::initializer_list<int64_t> key) const;
 
  private:
@@ -125,7 +129,8 @@ class KernelFamily {
   size_t num_keys_;
   std::array<const char*, kMaxKeys> key_names_;
   mutable std::mutex mutex_;
-  // The rows that run on a device, best first. Never freed: a thread may still launch while static objects are destroyed.
+  // The rows that run on a device, best first. Never freed: a thread may still launch while static objects are
+  // destroyed.
   mutable std::array<std::atomic<const Span<Candidate>*>, kMaxDevices> candidates_{};
 };
 
@@ -161,9 +166,9 @@ struct Arg {
 
 // Launches `kernel` on `stream` (a CUstream, NULL allowed) of `device`, with `grid` clusters and the parameters in the
 // kernel's order. Throws std::runtime_error, before anything runs, if the arguments are not the kernel's parameters by
-// count, type or (at the kernel's first launch) name, if a pointer or integer breaks a divisibility that the cubin relies
-// on, or if grid y or z is past 65535; a grid with a zero launches nothing. The first launch on a device loads the cubin; it
-// may be inside a graph capture. Later launches neither lock nor allocate.
+// count, type or (at the kernel's first launch) name, if a pointer or integer breaks a divisibility that the cubin
+// relies on, or if grid y or z is past 65535; a grid with a zero launches nothing. The first launch on a device loads
+// the cubin; it may be inside a graph capture. Later launches neither lock nor allocate.
 void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned, 3> grid, Span<Arg> args);
 
 // The same, written in place: launch(kernel, device, stream, {blocks, heads, batch}, {{"q_ptr", q}, {"n_q", n_q}}).

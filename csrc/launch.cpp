@@ -46,12 +46,12 @@ void check_count(const Kernel& kernel, Span<Arg> args) {
   if (args.size == kernel.params.size) return;
   std::string names;
   for (const Param& param : kernel.params) names += std::string(names.empty() ? "" : ", ") + param.name;
-  throw std::runtime_error(std::string(kernel.name) + ": expected " + std::to_string(kernel.params.size) + " arguments (" +
-                           names + "), got " + std::to_string(args.size));
+  throw std::runtime_error(std::string(kernel.name) + ": expected " + std::to_string(kernel.params.size) +
+                           " arguments (" + names + "), got " + std::to_string(args.size));
 }
 
-// Names cost a strcmp each and a call site does not change its own: compared once per kernel. The count and the types, which
-// decide what memory the kernel reads, are compared at every launch.
+// Names cost a strcmp each and a call site does not change its own: compared once per kernel. The count and the types,
+// which decide what memory the kernel reads, are compared at every launch.
 void check_names(const Kernel& kernel, Span<Arg> args) {
   for (size_t i = 0; i < args.size; ++i) {
     const char* got = args[i].name;
@@ -76,35 +76,42 @@ void check_names(const Kernel& kernel, Span<Arg> args) {
 // Triton's metadata counts element types as the PTX instruction does; the driver swapped three of them.
 CUtensorMapDataType host_elem_type(int32_t device_elem_type) {
   switch (device_elem_type) {
-    case 8: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32_FTZ;
-    case 9: return CU_TENSOR_MAP_DATA_TYPE_FLOAT64;
-    case 10: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    default: return static_cast<CUtensorMapDataType>(device_elem_type);
+    case 8:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32_FTZ;
+    case 9:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT64;
+    case 10:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    default:
+      return static_cast<CUtensorMapDataType>(device_elem_type);
   }
 }
 
 void check_descriptor(const Kernel& kernel, const char* name, const TensorMapMeta& meta, const TensorDescriptor& d) {
   if (d.rank != static_cast<int>(meta.block_size.size)) {
-    throw_argument(kernel, name, "of rank " + std::to_string(meta.block_size.size) + ", got rank " + std::to_string(d.rank));
+    throw_argument(kernel, name,
+                   "of rank " + std::to_string(meta.block_size.size) + ", got rank " + std::to_string(d.rank));
   }
   if (reinterpret_cast<uintptr_t>(d.data) % 16) {
     throw_argument(kernel, name, "aligned to 16 bytes, got " + hex_string(d.data));
   }
   for (int i = 0; i < d.rank; ++i) {
     if (d.shape[i] < 1 || d.shape[i] > INT_MAX) {
-      throw_argument(kernel, name, "of sizes from 1 to 2^31 - 1, got " + std::to_string(d.shape[i]) + " in dimension " +
-                                       std::to_string(i));
+      throw_argument(
+          kernel, name,
+          "of sizes from 1 to 2^31 - 1, got " + std::to_string(d.shape[i]) + " in dimension " + std::to_string(i));
     }
     const bool last = i + 1 == d.rank;
     if (last ? d.strides[i] != 1 : (d.strides[i] < 0 || d.strides[i] * meta.elem_size % 16)) {
-      throw_argument(kernel, name, (last ? "contiguous, got stride " : "of strides of whole 16 bytes, got stride ") +
-                                       std::to_string(d.strides[i]) + " in dimension " + std::to_string(i));
+      throw_argument(kernel, name,
+                     (last ? "contiguous, got stride " : "of strides of whole 16 bytes, got stride ") +
+                         std::to_string(d.strides[i]) + " in dimension " + std::to_string(i));
     }
   }
 }
 
-void encode(const Driver& cu, const Kernel& kernel, const char* name, const TensorMapMeta& meta, const TensorDescriptor& d,
-            CUtensorMap* map) {
+void encode(const Driver& cu, const Kernel& kernel, const char* name, const TensorMapMeta& meta,
+            const TensorDescriptor& d, CUtensorMap* map) {
   check_descriptor(kernel, name, meta, d);
   // The driver counts dimensions from the fastest, and strides in bytes from the second.
   cuuint64_t shape[kMaxTensorMapRank], strides[kMaxTensorMapRank];
@@ -130,7 +137,8 @@ void encode(const Driver& cu, const Kernel& kernel, const char* name, const Tens
   if (cu.version <= 13010 && last_byte + 1 < 128 * 1024) map->opaque[1] &= ~(uint64_t{1} << 21);
 }
 
-// The array of addresses that the driver copies the parameters from. Plain values are read where the caller's Arg holds them.
+// The array of addresses that the driver copies the parameters from. Plain values are read where the caller's Arg holds
+// them.
 struct PackedParams {
   void* address[kMaxParams];
   int size = 0;
@@ -181,8 +189,12 @@ void pack(const Driver& cu, const Kernel& kernel, Span<Arg> args, PackedParams& 
         packed.add(arg.type == ParamType::I32 ? static_cast<const void*>(&arg.i32) : &arg.i64);
         break;
       }
-      case ParamType::F32: packed.add(&arg.f32); break;
-      case ParamType::TensorMap: pack_descriptor(cu, kernel, arg, packed); break;
+      case ParamType::F32:
+        packed.add(&arg.f32);
+        break;
+      case ParamType::TensorMap:
+        pack_descriptor(cu, kernel, arg, packed);
+        break;
     }
   }
   packed.add(&packed.scratch);
@@ -200,8 +212,8 @@ class RelaxedCapture {
   CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // then what the thread had before
 };
 
-// Makes a context of `device` current for a launch. Threads that never used CUDA (autograd's, a server's) have none: they keep
-// the primary one, as after cudaSetDevice. A thread that is on another device gets that device back.
+// Makes a context of `device` current for a launch. Threads that never used CUDA (autograd's, a server's) have none:
+// they keep the primary one, as after cudaSetDevice. A thread that is on another device gets that device back.
 class CurrentContext {
  public:
   CurrentContext(const Driver& cu, const Kernel& kernel, int device) : cu_(cu) {
@@ -221,7 +233,8 @@ class CurrentContext {
 
  private:
   void make_primary_current(const Kernel& kernel, int device) {
-    static std::array<std::atomic<CUcontext>, kMaxDevices> primary{};  // each reference is kept: once per device is enough
+    static std::array<std::atomic<CUcontext>, kMaxDevices>
+        primary{};  // each reference is kept: once per device is enough
     CUcontext context = primary[device].load(std::memory_order_acquire);
     if (!context) {
       const CUresult result = cu_.cuDevicePrimaryCtxRetain(&context, device);
@@ -292,10 +305,11 @@ std::string grid_string(const std::array<unsigned, 3>& grid) {
   return "[" + std::to_string(grid[0]) + ", " + std::to_string(grid[1]) + ", " + std::to_string(grid[2]) + "]";
 }
 
-[[noreturn]] void throw_launch_error(const Kernel& kernel, int device, const std::array<unsigned, 3>& grid, CUresult result) {
-  throw_driver_error(std::string(kernel.name) + " on CUDA device " + std::to_string(device) + ", grid " + grid_string(grid) +
-                         ", " + std::to_string(32 * kernel.num_warps) + " threads, " + std::to_string(kernel.shared) +
-                         " bytes of shared memory",
+[[noreturn]] void throw_launch_error(const Kernel& kernel, int device, const std::array<unsigned, 3>& grid,
+                                     CUresult result) {
+  throw_driver_error(std::string(kernel.name) + " on CUDA device " + std::to_string(device) + ", grid " +
+                         grid_string(grid) + ", " + std::to_string(32 * kernel.num_warps) + " threads, " +
+                         std::to_string(kernel.shared) + " bytes of shared memory",
                      "cuLaunchKernelEx", result);
 }
 
@@ -309,8 +323,8 @@ void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned,
     throw_argument(kernel, "the grid", "at most [2^31 - 1, 65535, 65535], got " + grid_string(grid));
   }
   if (device < 0 || device >= kMaxDevices) {
-    throw_argument(kernel, "device", "a CUDA device index below " + std::to_string(kMaxDevices) + ", got " +
-                                         std::to_string(device));
+    throw_argument(kernel, "device",
+                   "a CUDA device index below " + std::to_string(kMaxDevices) + ", got " + std::to_string(device));
   }
 
   const Driver& cu = driver();

@@ -105,11 +105,21 @@ std::vector<Arg> arguments(const std::vector<py::tuple>& items) {
   for (const py::tuple& item : items) {
     const char* name = keep(item[0].cast<std::string>());
     switch (item[1].cast<ParamType>()) {
-      case ParamType::Pointer: out.emplace_back(name, address(item[2].cast<uintptr_t>())); break;
-      case ParamType::I32: out.emplace_back(name, item[2].cast<int32_t>()); break;
-      case ParamType::I64: out.emplace_back(name, item[2].cast<int64_t>()); break;
-      case ParamType::F32: out.emplace_back(name, item[2].cast<float>()); break;
-      case ParamType::TensorMap: out.emplace_back(name, item[2].cast<TensorDescriptor>()); break;
+      case ParamType::Pointer:
+        out.emplace_back(name, address(item[2].cast<uintptr_t>()));
+        break;
+      case ParamType::I32:
+        out.emplace_back(name, item[2].cast<int32_t>());
+        break;
+      case ParamType::I64:
+        out.emplace_back(name, item[2].cast<int64_t>());
+        break;
+      case ParamType::F32:
+        out.emplace_back(name, item[2].cast<float>());
+        break;
+      case ParamType::TensorMap:
+        out.emplace_back(name, item[2].cast<TensorDescriptor>());
+        break;
     }
   }
   return out;
@@ -155,21 +165,23 @@ PYBIND11_MODULE(simplex_host, m) {
   using Two = std::array<int64_t, 2>;
   using Three = std::array<int64_t, 3>;
   py::class_<TensorDescriptor>(m, "TensorDescriptor")
-      .def(py::init([](uintptr_t data, Two n, Two s) {
-        return TensorDescriptor(address(data), {n[0], n[1]}, {s[0], s[1]});
-      }))
+      .def(py::init(
+          [](uintptr_t data, Two n, Two s) { return TensorDescriptor(address(data), {n[0], n[1]}, {s[0], s[1]}); }))
       .def(py::init([](uintptr_t data, Three n, Three s) {
         return TensorDescriptor(address(data), {n[0], n[1], n[2]}, {s[0], s[1], s[2]});
       }))
-      .def(py::init([](uintptr_t data, Two n, One s) { return TensorDescriptor(address(data), {n[0], n[1]}, {s[0]}); }));
+      .def(
+          py::init([](uintptr_t data, Two n, One s) { return TensorDescriptor(address(data), {n[0], n[1]}, {s[0]}); }));
   py::class_<Kernel, std::unique_ptr<Kernel, py::nodelete>>(m, "Kernel")
       .def_property_readonly("name", [](const Kernel& k) { return k.name; })
       .def_property_readonly("cubin", [](const Kernel& k) { return reinterpret_cast<uintptr_t>(k.cubin); })
       .def("__getitem__", [](const Kernel& k, const std::string& name) { return k[name.c_str()]; });
   py::class_<KernelFamily>(m, "KernelFamily")
       .def(py::init([](const std::string& family) { return new KernelFamily(keep(family), {"dtype", "HEAD_DIM"}); }))
-      .def("find", [](const KernelFamily& f, int device, int64_t dtype, int64_t dim) { return &f.find(device, {dtype, dim}); },
-           py::return_value_policy::reference, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "find",
+          [](const KernelFamily& f, int device, int64_t dtype, int64_t dim) { return &f.find(device, {dtype, dim}); },
+          py::return_value_policy::reference, py::call_guard<py::gil_scoped_release>())
       .def("cost", &cost);
   m.def("set_table", &set_table, py::return_value_policy::reference);
   m.def("launch", &launch_from_python);

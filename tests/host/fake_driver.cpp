@@ -64,10 +64,17 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   if (device >= static_cast<int>(fake().devices.size())) return CUDA_ERROR_INVALID_DEVICE;
   const FakeDevice& d = fake().devices[device];
   switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = d.major; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = d.minor; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = d.shared; break;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      *value = d.major;
+      break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+      *value = d.minor;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+      *value = d.shared;
+      break;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return result;
 }
@@ -100,8 +107,8 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
   return record("cuThreadExchangeStreamCaptureMode", {{"mode", int64_t{capture_mode}}});
 }
 
-CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned, CUlibraryOption*, void**,
-                           unsigned) {
+CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned, CUlibraryOption*,
+                           void**, unsigned) {
   *library = static_cast<CUlibrary>(const_cast<void*>(code));
   return record("cuLibraryLoadData", {{"code", number(code)}, {"capture_mode", int64_t{capture_mode}}});
 }
@@ -149,13 +156,14 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   for (size_t i = 0; i < fake().param_sizes.size(); ++i) {
     bytes.emplace_back(static_cast<const char*>(params[i]), fake().param_sizes[i]);
   }
-  std::map<std::string, Value> values{{"function", number(function)},
-                                      {"grid", std::vector<int64_t>{config->gridDimX, config->gridDimY, config->gridDimZ}},
-                                      {"block", std::vector<int64_t>{config->blockDimX, config->blockDimY, config->blockDimZ}},
-                                      {"shared", int64_t{config->sharedMemBytes}},
-                                      {"stream", number(config->hStream)},
-                                      {"context", static_cast<int64_t>(current_context)},
-                                      {"params", std::move(bytes)}};
+  std::map<std::string, Value> values{
+      {"function", number(function)},
+      {"grid", std::vector<int64_t>{config->gridDimX, config->gridDimY, config->gridDimZ}},
+      {"block", std::vector<int64_t>{config->blockDimX, config->blockDimY, config->blockDimZ}},
+      {"shared", int64_t{config->sharedMemBytes}},
+      {"stream", number(config->hStream)},
+      {"context", static_cast<int64_t>(current_context)},
+      {"params", std::move(bytes)}};
   std::vector<int64_t> attributes;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const CUlaunchAttribute& a = config->attrs[i];
