@@ -145,7 +145,7 @@ def train(models: dict[str, nn.Module], batches: Batches, valid: list[Tensor], a
             curves["tokens"].append(step * batches.batch * (len(batches.window) - 1))
             for name, model in models.items():
                 curves[name].append(bits_per_byte(model, valid))
-            next_validation += 0.1
+            next_validation = (int(10 * progress) + 1) / 10
         if progress >= 1:
             break
         learning_rate = args.lr * schedule(progress)

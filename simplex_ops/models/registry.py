@@ -1,7 +1,7 @@
 """What a layer of the decoder may be, by name. A new mixer is one file in `mixers/` and its import line there.
 
-A *layer* maps the residual stream to itself; a *mixer* is the part of a usual layer that moves information
-between tokens. Most systems are a mixer; one that changes the layer itself (routing, skipping tokens) registers a layer.
+A *layer* maps the residual stream to itself; a *mixer* is the part of a usual layer that moves information between
+tokens. Most systems are a mixer; one that changes the layer itself (routing, skipping tokens) registers a layer.
 
 Both have two methods, so that a model of any mix of them trains, decodes, scripts and exports:
 
