@@ -1,0 +1,19 @@
+"""Fast sequence-mixing operators for PyTorch: one wheel for every Python, torch and CUDA, without a compiler."""
+
+import importlib
+from typing import Any
+
+from . import _library as _library  # first: it loads the ops that the modules below describe
+from .info import Info, info
+from .two_simplicial_attention import two_simplicial_attention
+
+__all__ = ["Info", "info", "models", "nn", "two_simplicial_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    """nn and models load when they are used, so that `import simplex_ops` stays quick."""
+    if name in ("nn", "models"):
+        return importlib.import_module(f".{name}", __name__)
+    if name == "__version__":
+        return info().version
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,273 @@
+"""2-simplicial attention (arXiv 2507.02754): attention over pairs of keys, each axis with its own sliding window."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ._library import register_flops
+
+_DTYPES = {
+    "cpu": ("float32, float64 or bfloat16", (torch.float32, torch.float64, torch.bfloat16)),
+    "cuda": ("float32, float16 or bfloat16", (torch.float32, torch.float16, torch.bfloat16)),
+}
+
+
+@overload
+def two_simplicial_attention(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: int,
+    w2: int,
+    *,
+    scale: float | None = None,
+    determinant: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def two_simplicial_attention(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: int,
+    w2: int,
+    *,
+    scale: float | None = None,
+    determinant: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def two_simplicial_attention(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: int,
+    w2: int,
+    *,
+    scale: float | None = None,
+    determinant: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Causal 2-simplicial attention with a sliding window on each of its two key axes (arXiv 2507.02754, sections 4, 6).
+
+    Where attention scores a query against a key by their dot product, 2-simplicial attention scores it against a *pair*
+    of keys by a trilinear product, and mixes the elementwise products of their values. With i the position of a query::
+
+        valid(i) = {(j, k): i - w1 < j <= i  and  i - w2 < k <= i}
+        A_ijk    = scale * sum_d q_id k1_jd k2_kd
+        P_i      = softmax of A_i over all valid (j, k) jointly
+        out_i    = sum_jk P_ijk (v1_j * v2_k)
+        lse_i    = ln sum_jk exp(A_ijk)
+
+    Every query sees at least itself. The cost is 4 * head_dim FLOP per head and valid pair, that is O(length w1 w2);
+    memory is O(inputs); two runs are bitwise equal, gradients included. Sums are taken in float32 (float64 for float64
+    inputs).
+
+    Args:
+        q: queries [batch, q_length, heads, head_dim]; they are the last q_length positions of the sequence: q_length =
+            length is training, q_length = 1 is decoding over a cache.
+        k1, k2, v1, v2: [batch, length, kv_heads, head_dim], length >= q_length; heads is a multiple of kv_heads, and
+            query head h reads kv head h // (heads // kv_heads).
+        w1: window of k1 and v1 in positions, the query's own included; at least 1. A window larger than the sequence is
+            full causal attention on that axis.
+        w2: window of k2 and v2. (k1, v1, w1) and (k2, v2, w2) may be exchanged freely.
+        scale: factor of the scores; head_dim ** -0.5 if None.
+        determinant: reserved for the rotation-invariant form of the paper's section 5; must be False.
+        cu_seqlens: reserved for packed sequences; must be None.
+        return_lse: also return the log-sum-exp, which merges results over disjoint sets of pairs. It is differentiable.
+
+    Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
+    256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype.
+
+    Returns:
+        out, like q; with return_lse the tuple (out, lse), lse [batch, heads, q_length] in float32 (float64 for float64
+        inputs). Both are once differentiable with respect to q, k1, k2, v1 and v2.
+
+    Raises:
+        RuntimeError: a rank, shape, dtype, device, window or scale that is not as above, or a reserved argument; the
+            message names the argument, its value and what was expected. Also on a CUDA architecture without a kernel in
+            the package; it names those that have one.
+
+    >>> q = torch.randn(2, 512, 8, 64)
+    >>> k1, k2, v1, v2 = torch.randn(4, 2, 512, 2, 64)
+    >>> two_simplicial_attention(q, k1, k2, v1, v2, 128, 16).shape
+    torch.Size([2, 512, 8, 64])
+    """
+    out, lse = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    if return_lse:
+        return out, lse
+    return out
+
+
+# The fakes: the checks and texts of csrc/two_simplicial_attention.cpp, on sizes that may be symbols.
+
+
+@torch.library.register_fake("simplex::two_simplicial_attention")
+def _forward_fake(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: int,
+    w2: int,
+    scale: float | None = None,
+    determinant: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("simplex::two_simplicial_attention_backward")
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    w1: int,
+    w2: int,
+    scale: float | None = None,
+    determinant: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    op = "two_simplicial_attention_backward"
+    _check(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    for name, x in (("grad_out", grad_out), ("out", out)):
+        _expect_shape(op, name, x, tuple(q.shape), "that of q")
+        _expect_like_q(op, name, x, q)
+    for name, x in (("grad_lse", grad_lse), ("lse", lse)):
+        if x is not None:
+            _expect_shape(op, name, x, _lse_shape(q), "batch, heads, length of q")
+            wanted = "Double" if q.dtype == torch.float64 else "Float"
+            _expect(op, x.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {_dtype_name(x)}")
+    return tuple(x.new_empty(x.shape) for x in (q, k1, k2, v1, v2))
+
+
+def _lse_shape(q: Tensor) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[2], q.shape[1]
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: int,
+    w2: int,
+    scale: float | None,
+    determinant: bool,
+    cu_seqlens: Tensor | None,
+) -> None:
+    _expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
+    _expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
+    keys = {"k1": k1, "k2": k2, "v1": v1, "v2": v2}
+    for name, x in {"q": q, **keys}.items():
+        wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
+        _expect(op, x.dim() == 4, wanted)
+
+    batch, length, heads, dim = q.shape
+    _, kv_length, kv_heads, _ = k1.shape
+    for name, x in keys.items():
+        _expect_shape(
+            op, name, x, (batch, kv_length, kv_heads, dim), "batch of q, its own length, kv heads, head_dim of q"
+        )
+        _expect_like_q(op, name, x, q)
+    names, dtypes = _DTYPES.get(q.device.type, ("", (q.dtype,)))
+    _expect(op, q.dtype in dtypes, f"q to be {names} on {q.device.type}, got {_dtype_name(q)}")
+    head_dim = f"the head_dim of q to be a multiple of 8 up to 256, got {dim}"
+    for condition in (dim % 8 == 0, dim >= 8, dim <= 256):
+        _expect(op, condition, head_dim)
+    multiple = f"the heads of q to be a multiple of the heads of k1 ({kv_heads}), got {heads}"
+    _expect(op, kv_heads >= 1, multiple)
+    _expect(op, heads % kv_heads == 0, multiple)
+    _expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
+    for name, w in (("w1", w1), ("w2", w2)):
+        _expect(op, w >= 1, f"{name} to be at least 1, got {w}")
+    _expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")
+
+
+def _expect(op: str, condition: bool, what: str) -> None:
+    """torch._check, because the condition may be symbolic: then it becomes a guard, not a constant."""
+    torch._check(condition, lambda: f"{op}: expected {what}")
+
+
+def _expect_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], origin: str) -> None:
+    what = f"{name} to have shape {list(shape)} ({origin}), got {list(x.shape)}"
+    _expect(op, x.dim() == len(shape), what)
+    for size, wanted in zip(x.shape, shape, strict=True):
+        _expect(op, size == wanted, what)
+
+
+def _expect_like_q(op: str, name: str, x: Tensor, q: Tensor) -> None:
+    dtypes = f"{name} to have the dtype of q ({_dtype_name(q)}), got {_dtype_name(x)}"
+    _expect(op, x.dtype == q.dtype, dtypes)
+    _expect(op, x.device == q.device, f"{name} to have the device of q ({q.device}), got {x.device}")
+
+
+def _dtype_name(x: Tensor) -> str:
+    """BFloat16, Float: as C++ prints it."""
+    return x.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def valid_pairs(length: int, kv_length: int, w1: int, w2: int) -> int:
+    """Number of (i, j, k) that the op sums over, for one batch entry and head.
+
+    The query at position p (from 1) sees min(p, w1) * min(p, w2) pairs, the queries are the last `length` positions.
+    """
+    short, long = min(w1, w2), max(w1, w2)
+
+    def first(positions: int) -> int:
+        rising = min(positions, short)  # these see everything on both axes
+        middle = min(positions, long)  # these and the next on the long axis
+        squares = rising * (rising + 1) * (2 * rising + 1) // 6
+        line = short * (middle * (middle + 1) - rising * (rising + 1)) // 2
+        return squares + line + short * long * (positions - middle)
+
+    return first(kv_length) - first(kv_length - length)
+
+
+def _forward_flops(
+    q: Sequence[int],
+    k1: Sequence[int],
+    k2: Sequence[int],
+    v1: Sequence[int],
+    v2: Sequence[int],
+    w1: int,
+    w2: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    batch, length, heads, dim = q
+    return 4 * dim * heads * batch * valid_pairs(length, k1[1], w1, w2)
+
+
+def _backward_flops(grad_out: Sequence[int], grad_lse: Sequence[int] | None, *args: Any, **kwargs: Any) -> int:
+    q, k1, k2, v1, v2, _, _, w1, w2, *_ = args
+    return 3 * _forward_flops(q, k1, k2, v1, v2, w1, w2)
+
+
+register_flops(torch.ops.simplex.two_simplicial_attention, _forward_flops)
+register_flops(torch.ops.simplex.two_simplicial_attention_backward, _backward_flops)
