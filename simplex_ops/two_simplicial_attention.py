@@ -59,7 +59,7 @@ def two_simplicial_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal 2-simplicial attention with a sliding window on each of its two key axes (arXiv 2507.02754, sections 4, 6).
+    r"""Causal 2-simplicial attention with a sliding window on each of its two key axes (arXiv 2507.02754, 4 and 6).
 
     Where attention scores a query against a key by their dot product, 2-simplicial attention scores it against a *pair*
     of keys by a trilinear product, and mixes the elementwise products of their values. With i the position of a query::
@@ -149,14 +149,16 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     op = "two_simplicial_attention_backward"
     _check(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
-    for name, x in (("grad_out", grad_out), ("out", out)):
+    for name, x in {"grad_out": grad_out, "out": out}.items():
         _expect_shape(op, name, x, tuple(q.shape), "that of q")
         _expect_like_q(op, name, x, q)
-    for name, x in (("grad_lse", grad_lse), ("lse", lse)):
-        if x is not None:
-            _expect_shape(op, name, x, _lse_shape(q), "batch, heads, length of q")
+    for name, statistic in (("grad_lse", grad_lse), ("lse", lse)):
+        if statistic is not None:
+            _expect_shape(op, name, statistic, _lse_shape(q), "batch, heads, length of q")
             wanted = "Double" if q.dtype == torch.float64 else "Float"
-            _expect(op, x.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {_dtype_name(x)}")
+            _expect(
+                op, statistic.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {_dtype_name(statistic)}"
+            )
     return tuple(x.new_empty(x.shape) for x in (q, k1, k2, v1, v2))
 
 
@@ -184,7 +186,7 @@ def _check(
     _expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
     _expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
     keys = {"k1": k1, "k2": k2, "v1": v1, "v2": v2}
-    for name, x in {"q": q, **keys}.items():
+    for name, x in (("q", q), ("k1", k1)):
         wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
         _expect(op, x.dim() == 4, wanted)
 
