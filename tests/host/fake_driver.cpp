@@ -2,7 +2,9 @@
 
 #include <cuda.h>
 
+#include <chrono>
 #include <mutex>
+#include <thread>
 
 namespace {
 
@@ -109,6 +111,7 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
 
 CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned, CUlibraryOption*,
                            void**, unsigned) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));  // long enough for another thread to get in between
   *library = static_cast<CUlibrary>(const_cast<void*>(code));
   return record("cuLibraryLoadData", {{"code", number(code)}, {"capture_mode", int64_t{capture_mode}}});
 }

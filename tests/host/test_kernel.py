@@ -66,6 +66,12 @@ def test_the_first_tile_that_fits_shared_memory(host, capability, expected):
     assert host.KernelFamily("scale_fwd").find(0, BF16, 64)["BLOCK_M"] == expected
 
 
+def test_a_tile_may_take_all_of_the_shared_memory(host):
+    start(host, [86])
+    host.set_table([row("sm_80", shared=SHARED[86] + 1), row("sm_80", shared=SHARED[86], name="all")])
+    assert host.KernelFamily("scale_fwd").find(0, BF16, 64).name == "all"
+
+
 def test_no_tile_fits_shared_memory(host):
     start(host, [86])
     host.set_table([row("sm_80", shared=s) for s in (160_000, 120_000)])

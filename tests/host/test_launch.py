@@ -82,6 +82,17 @@ def test_all_but_names_is_checked_at_every_launch(host, change, message):
     assert len(calls(host, "cuLaunchKernelEx")) == 1
 
 
+@pytest.mark.parametrize(("change", "message"), WRONG_NAMES[:1])
+def test_names_are_compared_until_a_launch_got_them_right(host, change, message):
+    kernel = simple_kernel(host)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=EXPECTED + message):
+            host.launch(kernel, 0, 0, [1, 1, 1], change(host, simple_arguments(host)))
+    host.launch(kernel, 0, 0, [1, 1, 1], simple_arguments(host))
+    host.launch(kernel, 0, 0, [1, 1, 1], change(host, simple_arguments(host)))
+    assert len(calls(host, "cuLaunchKernelEx")) == 2
+
+
 def test_the_last_good_alignment_and_multiple(host):
     t = host.ParamType
     args = simple_arguments(host, x_ptr=(t.Pointer, 0x1010), stride=(t.I64, -8))
