@@ -202,6 +202,7 @@ def export(model: DecoderLM, prompt: Tensor, out: Path) -> None:
 
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*torch.jit.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch.export's own
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     setup = SETUPS["cuda" if args.device.startswith("cuda") else "cpu"]
