@@ -249,10 +249,15 @@ class CurrentContext {
   CUcontext previous_ = nullptr;
 };
 
+bool ready(const Kernel& kernel, int device) {
+  return kernel.loaded.devices.load(std::memory_order_acquire) >> device & 1;
+}
+
 // Loads the cubin (once per process) and readies it for `device`, whose context is current.
 void load(const Driver& cu, const Kernel& kernel, int device) {
   static std::mutex mutex;  // one for all kernels: loading is rare
   std::lock_guard<std::mutex> lock(mutex);
+  if (ready(kernel, device)) return;  // by the thread that held the lock before
   RelaxedCapture relaxed(cu);
   auto check = [&](CUresult result, const char* call) {
     if (result != CUDA_SUCCESS) throw_driver_error(kernel.name, call, result);
@@ -331,7 +336,7 @@ void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned,
   PackedParams packed;
   pack(cu, kernel, args, packed);
   CurrentContext context(cu, kernel, device);
-  if (!(kernel.loaded.devices.load(std::memory_order_acquire) >> device & 1)) load(cu, kernel, device);
+  if (!ready(kernel, device)) load(cu, kernel, device);
 
   CUlaunchAttribute attrs[kMaxAttributes];
   CUlaunchConfig config{};
