@@ -91,14 +91,19 @@ KernelFamily::KernelFamily(const char* family, std::initializer_list<const char*
 }
 
 const Kernel& KernelFamily::find(int device, std::initializer_list<int64_t> key) const {
+  if (const Kernel* kernel = find_if(device, key)) return *kernel;
+  throw_not_found(device, key.begin());
+}
+
+const Kernel* KernelFamily::find_if(int device, std::initializer_list<int64_t> key) const {
   if (key.size() != num_keys_) {
     throw std::runtime_error(std::string(family_) + ": expected a key of " + std::to_string(num_keys_) +
                              " values, got " + std::to_string(key.size()));
   }
   for (const Candidate& candidate : candidates(device)) {
-    if (std::equal(key.begin(), key.end(), candidate.key.begin())) return *candidate.kernel;
+    if (std::equal(key.begin(), key.end(), candidate.key.begin())) return candidate.kernel;
   }
-  throw_not_found(device, key.begin());
+  return nullptr;
 }
 
 const Span<KernelFamily::Candidate>& KernelFamily::candidates(int device) const {

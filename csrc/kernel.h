@@ -118,6 +118,8 @@ class KernelFamily {
   // order, among those that fit its shared memory. Throws std::runtime_error naming what was asked for and what the
   // wheel has. Thread-safe; after the first call for a device it neither locks nor allocates.
   const Kernel& find(int device, std::initializer_list<int64_t> key) const;
+  // The same, but null where nothing fits: for a variant that only some keys or archs have.
+  const Kernel* find_if(int device, std::initializer_list<int64_t> key) const;
 
  private:
   struct Candidate;

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -18,14 +19,29 @@ namespace simplex {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// "[2, 16, 4, 64]", for error messages.
+// Throws "OP: expected WHAT", where WHAT is the rest, put together only on failure.
+#define SIMPLEX_EXPECT(condition, op, ...) STD_TORCH_CHECK(condition, op, ": expected ", __VA_ARGS__)
+
+// "[2, 16, 4, 64]", "cuda:0", "BFloat16": for error messages.
 std::string shape_string(const Tensor& t);
-// "cuda:0" or "cpu", for error messages.
+std::string shape_string(std::initializer_list<int64_t> shape);
 std::string device_string(const Tensor& t);
+std::string dtype_string(const Tensor& t);
+
+bool same_device(const Tensor& a, const Tensor& b);
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
 // t itself where a kernel can read it as it is (last dim contiguous, every other stride a multiple of 8 elements and the
 // data 16-byte aligned), else a contiguous copy. The cubins are compiled with exactly these promises.
 Tensor aligned(const Tensor& t);
+// The same for kernels that take no strides: contiguous, data 16-byte aligned.
+Tensor packed(const Tensor& t);
+
+// The stride of a dim, 0 where the dim has one element: its stride may be anything then, and no kernel uses it.
+int64_t stride(const Tensor& t, int64_t dim);
+
+// An uninitialised contiguous tensor on t's device.
+Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype);
 
 // The current CUDA stream of torch. Looked up at run time: libtorch_cuda.so does not exist beside a CPU-only torch.
 void* current_cuda_stream(int device);

@@ -1,0 +1,92 @@
+#include "op.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace simplex {
+
+namespace {
+
+template <class Shape>
+std::string bracketed(const Shape& shape) {
+  std::string text;
+  for (int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + text + "]";
+}
+
+bool data_is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+Tensor copy_packed(const Tensor& t) {
+  // Not contiguous() or clone(): the one returns a misaligned view as it is, the other keeps the order of the strides.
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace
+
+std::string shape_string(const Tensor& t) { return bracketed(t.sizes()); }
+std::string shape_string(std::initializer_list<int64_t> shape) { return bracketed(shape); }
+
+std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device:") + std::to_string(t.get_device_index());
+}
+
+std::string dtype_string(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
+
+bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+Tensor aligned(const Tensor& t) {
+  if (t.numel() == 0) return t;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  const int64_t last = t.dim() - 1;
+  bool ok = data_is_aligned(t) && (strides[last] == 1 || sizes[last] == 1);
+  for (int64_t d = 0; d < last; ++d) ok = ok && (sizes[d] == 1 || strides[d] % 8 == 0);
+  return ok ? t : copy_packed(t);
+}
+
+Tensor packed(const Tensor& t) {
+  return t.numel() == 0 || (t.is_contiguous() && data_is_aligned(t)) ? t : copy_packed(t);
+}
+
+int64_t stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
+Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(shape.begin()[d], 1);
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  // The C shim rather than torch::stable::empty, which looks the op up by name at every call (1 us).
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, t.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+void* current_cuda_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Getter>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(getter, "simplex_ops: expected a torch with CUDA for a CUDA tensor: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  return stream;
+}
+
+}  // namespace simplex

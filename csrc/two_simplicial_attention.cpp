@@ -1,0 +1,301 @@
+#include "two_simplicial_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "kernel.h"
+
+namespace simplex {
+
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+void expect_like_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
+  SIMPLEX_EXPECT(t.scalar_type() == q.scalar_type(), op, name, " to have the dtype of q (", dtype_string(q), "), got ",
+                 dtype_string(t));
+  SIMPLEX_EXPECT(same_device(t, q), op, name, " to have the device of q (", device_string(q), "), got ",
+                 device_string(t));
+}
+
+void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                  const char* origin) {
+  SIMPLEX_EXPECT(has_shape(t, shape), op, name, " to have shape ", shape_string(shape), " (", origin, "), got ",
+                 shape_string(t));
+}
+
+ScalarType lse_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The fake kernels (simplex_ops/two_simplicial_attention.py) check the same in the same words.
+TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
+                               const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale, bool determinant,
+                               const std::optional<Tensor>& cu_seqlens) {
+  SIMPLEX_EXPECT(!determinant, op, "determinant to be False: the determinant form is not built yet");
+  SIMPLEX_EXPECT(!cu_seqlens, op, "cu_seqlens to be None: packed sequences are not built yet");
+  const std::array<std::pair<const char*, const Tensor*>, 5> tensors{
+      {{"q", &q}, {"k1", &k1}, {"k2", &k2}, {"v1", &v1}, {"v2", &v2}}};
+  for (size_t i : {0, 1}) {
+    const auto& [name, t] = tensors[i];
+    SIMPLEX_EXPECT(t->dim() == 4, op, name, " to be 4-dimensional [batch, length, heads, head_dim], got ", t->dim(),
+                   " dimensions");
+  }
+  TwoSimplicialAttention p{q,         k1,         k2,         v1, v2, q.size(0), q.size(1), k1.size(1), q.size(2),
+                           k1.size(2), q.size(3), w1, w2, 0.0};
+  for (size_t i = 1; i < tensors.size(); ++i) {
+    const auto& [name, t] = tensors[i];
+    expect_shape(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
+    expect_like_q(op, name, *t, q);
+  }
+  const ScalarType dtype = q.scalar_type();
+  const ScalarType third = q.is_cpu() ? ScalarType::Double : ScalarType::Half;
+  SIMPLEX_EXPECT(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == third, op,
+                 q.is_cpu() ? "q to be float32, float64 or bfloat16 on cpu, got "
+                            : "q to be float32, float16 or bfloat16 on cuda, got ",
+                 dtype_string(q));
+  SIMPLEX_EXPECT(p.D >= 8 && p.D <= kMaxHeadDim && p.D % 8 == 0, op,
+                 "the head_dim of q to be a multiple of 8 up to 256, got ", p.D);
+  SIMPLEX_EXPECT(p.Hkv >= 1 && p.Hq % p.Hkv == 0, op, "the heads of q to be a multiple of the heads of k1 (", p.Hkv,
+                 "), got ", p.Hq);
+  SIMPLEX_EXPECT(p.Nq <= p.Nk, op, "the length of q to be at most that of k1 (", p.Nk, "), got ", p.Nq);
+  SIMPLEX_EXPECT(w1 >= 1, op, "w1 to be at least 1, got ", w1);
+  SIMPLEX_EXPECT(w2 >= 1, op, "w2 to be at least 1, got ", w2);
+  p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));
+  SIMPLEX_EXPECT(std::isfinite(p.scale), op, "scale to be finite, got ", p.scale);
+
+  for (Tensor* t : {&p.q, &p.k1, &p.k2, &p.v1, &p.v2}) *t = aligned(*t);
+  p.w1 = std::min(w1, std::max<int64_t>(p.Nk, 1));
+  p.w2 = std::min(w2, std::max<int64_t>(p.Nk, 1));
+  return p;
+}
+
+// ---- CUDA
+
+const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
+const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
+const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
+
+DType dtype_key(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return DType::fp16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::fp32;
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The axes by what the kernels do with them: the shorter window's is walked by offset, the other's by tiles.
+struct Axes {
+  const Tensor &k_long, &v_long, &k_short, &v_short;
+  int64_t w_long, w_short;
+
+  explicit Axes(const TwoSimplicialAttention& p)
+      : Axes(p.w1 >= p.w2 ? Axes{p.k1, p.v1, p.k2, p.v2, p.w1, p.w2} : Axes{p.k2, p.v2, p.k1, p.v1, p.w2, p.w1}) {}
+
+ private:
+  Axes(const Tensor& kl, const Tensor& vl, const Tensor& ks, const Tensor& vs, int64_t wl, int64_t ws)
+      : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
+};
+
+// One call's device, stream and key, and the arguments that its kernels share.
+struct Launch {
+  const TwoSimplicialAttention& p;
+  Axes axes;
+  int device;
+  void* stream;
+  int64_t dtype, head_dim;
+  int64_t rows;  // of one kv head
+
+  Launch(const char* op, const TwoSimplicialAttention& p)
+      : p(p), axes(p), device(p.q.get_device_index()), stream(current_cuda_stream(device)),
+        dtype(static_cast<int64_t>(dtype_key(p.q))), head_dim(32), rows(p.Nq * p.group()) {
+    while (head_dim < p.D) head_dim *= 2;
+    // The kernels count rows and positions in 32 bits (elements in 64).
+    SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ", rows);
+    SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
+  }
+
+  // The variant for tiles inside one token where there is one and the group fills its tiles.
+  const Kernel& select(const KernelFamily& family) const {
+    const Kernel* one_token = family.find_if(device, {dtype, head_dim, 1});
+    if (one_token && p.group() % (*one_token)["BLOCK_M"] == 0) return *one_token;
+    return family.find(device, {dtype, head_dim, 0});
+  }
+
+  std::array<unsigned, 3> grid(int64_t programs_per_head) const {
+    const int64_t programs = programs_per_head * p.B * p.Hkv;
+    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs, " programs exceed a CUDA grid");
+    return {static_cast<unsigned>(programs), 1, 1};
+  }
+};
+
+Arg i32(const char* name, int64_t value) { return {name, static_cast<int32_t>(value)}; }
+Arg i64(const char* name, int64_t value) { return {name, value}; }
+Arg f32(const char* name, double value) { return {name, static_cast<float>(value)}; }
+Arg ptr(const char* name, const Tensor& t) { return {name, t.const_data_ptr()}; }
+
+#define SIMPLEX_STRIDES(name, t) \
+  i64("stride_" name "b", stride(t, 0)), i64("stride_" name "n", stride(t, 1)), i64("stride_" name "h", stride(t, 2))
+// clang-format off
+#define SIMPLEX_INPUTS(l)                                                                                     \
+  ptr("q_ptr", l.p.q), ptr("k_long_ptr", l.axes.k_long), ptr("v_long_ptr", l.axes.v_long),                    \
+  ptr("k_short_ptr", l.axes.k_short), ptr("v_short_ptr", l.axes.v_short)
+#define SIMPLEX_INPUT_STRIDES(l)                                                                              \
+  SIMPLEX_STRIDES("q", l.p.q), SIMPLEX_STRIDES("kl", l.axes.k_long), SIMPLEX_STRIDES("vl", l.axes.v_long),    \
+  SIMPLEX_STRIDES("ks", l.axes.k_short), SIMPLEX_STRIDES("vs", l.axes.v_short)
+#define SIMPLEX_SIZES(l)                                                                                      \
+  i32("num_queries", l.p.Nq), i32("num_keys", l.p.Nk), i32("kv_heads", l.p.Hkv), i32("group", l.p.group()),   \
+  i32("head_dim", l.p.D)
+#define SIMPLEX_WINDOWS(l)                                                                                    \
+  i32("w_long", l.axes.w_long), i32("w_short", l.axes.w_short), f32("scale", l.p.scale)
+// clang-format on
+
+void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
+  const Launch l("two_simplicial_attention", p);
+  const Kernel& kernel = l.select(kForward);
+  launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
+         {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), SIMPLEX_INPUT_STRIDES(l), SIMPLEX_SIZES(l),
+          SIMPLEX_WINDOWS(l)});
+}
+
+// How many tiles a program of two_simplicial_bwd_dq walks: few enough for every multiprocessor to have work, and enough
+// tokens that its partial rows (tokens + w_short - 1) stay a small multiple of the tokens.
+int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
+  constexpr int64_t kPrograms = 1024, kMostRowsPerToken = 8;
+  const int64_t spread = num_tiles * l.p.B * l.p.Hkv / kPrograms;
+  const int64_t frugal = ceil_div(l.axes.w_short * l.p.group(), kMostRowsPerToken * block_m);
+  return std::min(std::max({spread, frugal, int64_t{1}}), num_tiles);
+}
+
+void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                   const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
+  const Launch l("two_simplicial_attention_backward", p);
+  const bool first_is_long = &l.axes.k_long == &p.k1;
+  const Tensor& grad_k_long = first_is_long ? grads.k1 : grads.k2;
+  const Tensor& grad_v_long = first_is_long ? grads.v1 : grads.v2;
+  const Tensor& grad_k_short = first_is_long ? grads.k2 : grads.k1;
+  const Tensor& grad_v_short = first_is_long ? grads.v2 : grads.v1;
+  // Where a query sees itself only, P is 1 whatever the logit.
+  const double grad_scale = l.axes.w_long == 1 && l.axes.w_short == 1 ? 0.0 : p.scale;
+
+  const Kernel& dq = l.select(kBackwardQ);
+  const int64_t block_m = dq["BLOCK_M"];
+  const int64_t num_tiles = ceil_div(l.rows, block_m);
+  const int64_t chunk_tiles = tiles_per_chunk(l, num_tiles, block_m);
+  const int64_t chunks = ceil_div(num_tiles, chunk_tiles);
+  const int64_t chunk_span = ceil_div(chunk_tiles * block_m, p.group()) + l.axes.w_short;
+  const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
+  const Tensor part_k = empty_like_device(lse, {p.B * p.Hkv * chunks, chunk_span, p.D}, ScalarType::Float);
+  const Tensor part_v = empty_like_device(lse, {p.B * p.Hkv * chunks, chunk_span, p.D}, ScalarType::Float);
+
+  launch(dq, l.device, l.stream, l.grid(chunks),
+         {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out),
+          ptr("grad_lse_ptr", grad_lse ? *grad_lse : lse), ptr("grad_q_ptr", grads.q), ptr("delta_ptr", delta),
+          ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l),
+          SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l), f32("grad_scale", grad_scale),
+          i32("has_grad_lse", grad_lse.has_value()), i32("chunk_tiles", chunk_tiles), i32("chunk_span", chunk_span)});
+
+  const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
+  launch(merge, l.device, l.stream, l.grid(ceil_div(p.Nk, merge["BLOCK_N"])),
+         {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_short),
+          ptr("grad_v_ptr", grad_v_short), SIMPLEX_SIZES(l), i32("w_short", l.axes.w_short),
+          f32("grad_scale", grad_scale), i32("chunk_rows", chunk_tiles * block_m), i32("chunk_span", chunk_span)});
+
+  const Kernel& dkv = l.select(kBackwardKV);
+  launch(dkv, l.device, l.stream, l.grid(ceil_div(p.Nk, dkv["BLOCK_N"])),
+         {SIMPLEX_INPUTS(l), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out), ptr("delta_ptr", delta),
+          ptr("grad_k_ptr", grad_k_long), ptr("grad_v_ptr", grad_v_long), SIMPLEX_INPUT_STRIDES(l),
+          SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l), f32("grad_scale", grad_scale)});
+}
+
+// ---- The op
+
+using Outputs = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
+                                 const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale,
+                                 bool determinant, const std::optional<Tensor>& cu_seqlens) {
+  const auto p = checked("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
+  Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, q.scalar_type());
+  Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, lse_dtype(q));
+  if (out.numel() == 0) return {out, lse};
+  if (q.is_cpu()) {
+    forward_cpu(p, out, lse);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    forward_cuda(p, out, lse);
+  }
+  return {out, lse};
+}
+
+Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                                            const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
+                                            const Tensor& v2, const Tensor& out, const Tensor& lse, int64_t w1,
+                                            int64_t w2, std::optional<double> scale, bool determinant,
+                                            const std::optional<Tensor>& cu_seqlens) {
+  constexpr const char* op = "two_simplicial_attention_backward";
+  const auto p = checked(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
+  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
+    expect_shape(op, name, *t, {p.B, p.Nq, p.Hq, p.D}, "that of q");
+    expect_like_q(op, name, *t, q);
+  }
+  for (const auto& [name, t] : {std::pair{"grad_lse", grad_lse ? &*grad_lse : nullptr}, {"lse", &lse}}) {
+    if (!t) continue;
+    expect_shape(op, name, *t, {p.B, p.Hq, p.Nq}, "batch, heads, length of q");
+    SIMPLEX_EXPECT(t->scalar_type() == lse_dtype(q), op, name, " to have dtype ",
+                   torch::headeronly::toString(lse_dtype(q)), ", got ", dtype_string(*t));
+    SIMPLEX_EXPECT(same_device(*t, q), op, name, " to have the device of q (", device_string(q), "), got ",
+                   device_string(*t));
+  }
+
+  TwoSimplicialGrads grads;
+  grads.q = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, q.scalar_type());
+  for (Tensor* grad : {&grads.k1, &grads.k2, &grads.v1, &grads.v2}) {
+    *grad = empty_like_device(q, {p.B, p.Nk, p.Hkv, p.D}, q.scalar_type());
+    if (p.q.numel() == 0) torch::stable::zero_(*grad);
+  }
+  if (p.q.numel() > 0) {
+    const Tensor g = aligned(grad_out), o = packed(out), l = packed(lse);
+    const std::optional<Tensor> gl = grad_lse ? std::optional(packed(*grad_lse)) : std::nullopt;
+    if (q.is_cpu()) {
+      backward_cpu(p, g, gl, o, l, grads);
+    } else {
+      const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+      backward_cuda(p, g, gl, o, l, grads);
+    }
+  }
+  return {grads.q, grads.k1, grads.k2, grads.v1, grads.v2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
+  m.def(
+      "two_simplicial_attention(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, SymInt w1, SymInt w2, "
+      "float? scale=None, bool determinant=False, Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "two_simplicial_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k1, Tensor k2, "
+      "Tensor v1, Tensor v2, Tensor out, Tensor lse, SymInt w1, SymInt w2, float? scale=None, bool determinant=False, "
+      "Tensor? cu_seqlens=None) -> (Tensor grad_q, Tensor grad_k1, Tensor grad_k2, Tensor grad_v1, Tensor grad_v2)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
+  m.impl("two_simplicial_attention", TORCH_BOX(&two_simplicial_attention));
+  m.impl("two_simplicial_attention_backward", TORCH_BOX(&two_simplicial_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
+  m.impl("two_simplicial_attention", TORCH_BOX(&two_simplicial_attention));
+  m.impl("two_simplicial_attention_backward", TORCH_BOX(&two_simplicial_attention_backward));
+}
+
+}  // namespace simplex

@@ -1,0 +1,224 @@
+"""Compile every VARIANTS table to build/kernels/{*.cubin, manifest.json, kernels.cpp}. Needs no GPU and no CUDA toolkit.
+
+    python -m triton_kernels.build [OUT_DIR]
+
+The environment variable SIMPLEX_ARCHS ("80,90") restricts the architectures of a development build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+from triton_kernels.variant import Variant
+
+# The older of Triton's two assemblers: its cubins load from driver 525 on (ptxas-blackwell's from 580) at the same speed.
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+PARAM_TYPES = {"i32": "I32", "i64": "I64", "fp32": "F32"}
+
+
+def configure_triton(cache: Path) -> None:
+    """Pin everything that decides the bits of a cubin."""
+    knobs.cache.dir = str(cache)
+    knobs.compilation.disable_line_info = True  # a path or line number in the cubin would break reproducibility
+    knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell = str(PTXAS)
+    knobs.runtime.add_stages_inspection_hook = assemble_for_arch
+
+
+def assemble_for_arch(_backend: Any = None, stages: dict = {}, options: Any = None, *_: Any) -> tuple[str, str] | None:
+    """Replace Triton's last stage by our own call of ptxas. (Triton calls its hook without arguments for a cache key.)
+
+    Triton assembles for sm_100a only, which runs on nothing but 10.0; sm_100f runs on the whole family. The report of
+    registers and spills goes into the metadata on the way.
+    """
+
+    if options is None:
+        this_file = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        return this_file, this_file
+
+    def make_cubin(ptx: str, metadata: dict) -> bytes:
+        capability = int(options.arch.removeprefix("sm"))
+        target = f"sm_{capability}" + ("" if capability < 90 else "a" if capability < 100 else "f")
+        ptx = re.sub(r"\.target sm_\w+", f".target {target}", ptx)
+        with tempfile.TemporaryDirectory() as folder:
+            source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            source.write_text(ptx)
+            fmad = [] if options.enable_fp_fusion else ["--fmad=false"]
+            command = [str(PTXAS), "-v", *fmad, "--regAllocOptLevel=2", f"--gpu-name={target}", str(source), "-o", str(cubin)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"ptxas failed: {' '.join(command)}\n{done.stderr}")
+            metadata["ptxas_report"] = done.stderr
+            return cubin.read_bytes()
+
+    stages["cubin"] = make_cubin
+    return None
+
+
+def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
+    """The cubin and its manifest row."""
+    parameters = variant.parameters()
+    constants = variant.constants()
+    names = variant.function.arg_names
+    signature = {name: "constexpr" for name in constants} | {name: spelled for name, spelled, _ in parameters}
+    missing = set(names) ^ set(signature)
+    if missing:
+        raise ValueError(f"{variant.name}: no value or no parameter for {sorted(missing)}")
+    attrs = {(names.index(name),): [["tt.divisibility", by]] for name, _, by in parameters if by > 1}
+    source_type = GluonASTSource if isinstance(variant.function, GluonJITFunction) else ASTSource
+    source = source_type(variant.function, signature={n: signature[n] for n in names}, constexprs=constants, attrs=attrs)
+    launch_options = {k: v for k, v in variant.tile.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", variant.capability, 32), options={"enable_fp_fusion": True, **launch_options}
+    )
+    meta = compiled.metadata
+    if meta.global_scratch_size or meta.profile_scratch_size:
+        raise ValueError(f"{variant.name}: needs scratch memory, which the launcher passes as null")
+    report = meta.ptxas_report
+    cubin = compiled.asm["cubin"]
+    return cubin, {
+        "name": variant.name,
+        "family": variant.family,
+        "arch": variant.arch,
+        "key": variant.key,
+        "tile": variant.tile,
+        "parameters": parameters,
+        "tensor_maps": meta.tensordesc_meta or [],
+        "symbol": meta.name,
+        "num_warps": meta.num_warps,
+        "num_ctas": meta.num_ctas,
+        "cooperative": meta.launch_cooperative_grid,
+        "pdl": meta.launch_pdl,
+        "shared": meta.shared,
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)),
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+    }
+
+
+def all_variants() -> list[Variant]:
+    """The VARIANTS of every module of this package, for the architectures wanted; keys checked to be unique."""
+    import triton_kernels
+
+    variants = []
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
+        variants += getattr(importlib.import_module(f"triton_kernels.{module.name}"), "VARIANTS", [])
+    archs = [a for a in os.environ.get("SIMPLEX_ARCHS", "").split(",") if a]
+    variants = [v for v in variants if not archs or str(v.capability) in archs]
+    names = [v.name for v in variants]
+    duplicates = {n for n in names if names.count(n) > 1}
+    if duplicates:
+        raise ValueError(f"two variants share a key: {sorted(duplicates)}")
+    return variants
+
+
+def constant(name: str, value: Any) -> str:
+    return f'{{"{name}", int64_t(DType::{value})}}' if name == "dtype" else f'{{"{name}", {int(value)}}}'
+
+
+def kernels_cpp(rows: list[dict[str, Any]], out_dir: Path) -> str:
+    """The table as C++ (csrc/kernel.h), with the cubins in .rodata."""
+    declared, blobs, lists, table = [], [], [], []
+    for i, row in enumerate(rows):
+        cubin = out_dir / f"{row['name']}.cubin"
+        declared.append(f'extern const unsigned char simplex_cubin_{i}[] __attribute__((visibility("hidden")));')
+        blobs.append(f'    ".balign 64\\nsimplex_cubin_{i}:\\n.incbin \\"{cubin}\\"\\n"')
+        tile = {k: v for k, v in row["tile"].items() if k not in ("num_warps", "num_stages")}
+        params = [
+            f'{{"{name}", ParamType::{"Pointer" if t[0] == "*" else PARAM_TYPES.get(t, "TensorMap")}, {by}}}'
+            for name, t, by in row["parameters"]
+        ]
+        spans = []
+        for type_name, label, items in (
+            ("Constant", "kKey", [constant(k, v) for k, v in row["key"].items()]),
+            ("Constant", "kTile", [constant(k, v) for k, v in tile.items()]),
+            ("Param", "kParams", params),
+            ("TensorMapMeta", "kMaps", [tensor_map(m, lists, f"{i}_{j}") for j, m in enumerate(row["tensor_maps"])]),
+        ):
+            spans.append(f"{label}{i}" if items else "{}")
+            if items:
+                lists.append(f"static constexpr {type_name} {label}{i}[] = {{{', '.join(items)}}};")
+        capability, suffix = re.fullmatch(r"sm(\d+)([af]?)", row["arch"]).groups()
+        flags = ", ".join(str(row[flag]).lower() for flag in ("cooperative", "pdl"))
+        table.append(
+            f'    {{"{row["name"]}", "{row["family"]}", "{row["symbol"]}", {capability}, \'{suffix or chr(92) + "0"}\', '
+            f'{row["num_warps"]}, {row["num_ctas"]}, {row["shared"]}, {flags}, {", ".join(spans)}, '
+            f"simplex_cubin_{i}, {cubin.stat().st_size}}},"
+        )
+    newline = "\n"
+    return f"""// Generated by triton_kernels/build.py.
+#include "kernel.h"
+
+namespace simplex {{
+
+extern "C" {{
+{newline.join(declared)}
+}}
+asm(".pushsection .rodata\\n"
+{newline.join(blobs)}
+    ".popsection\\n");
+
+{newline.join(lists)}
+
+static const Kernel kTable[] = {{
+{newline.join(table)}
+}};
+
+Span<Kernel> kernel_table() {{ return kTable; }}
+
+}}  // namespace simplex
+"""
+
+
+def tensor_map(meta: dict[str, Any], lists: list[str], label: str) -> str:
+    box = ", ".join(str(n) for n in meta["block_size"])
+    lists.append(f"static constexpr int32_t kBox{label}[] = {{{box}}};")
+    fp4 = str(bool(meta.get("fp4_padded", False))).lower()
+    return f"{{{meta['swizzle']}, {meta['elem_size']}, {meta['elem_type']}, {fp4}, kBox{label}}}"
+
+
+def build(out_dir: Path) -> None:
+    """Compile every variant into out_dir, on all cores."""
+    out_dir = Path(out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    variants = all_variants()
+    # fork: a worker inherits the imported Triton, and `function` objects need no pickling.
+    with multiprocessing.get_context("fork").Pool(
+        initializer=configure_triton, initargs=(out_dir.parent / "triton_cache",)
+    ) as pool:
+        rows = []
+        for i, (cubin, row) in enumerate(pool.imap(_compile_index, range(len(variants)))):
+            (out_dir / f"{row['name']}.cubin").write_bytes(cubin)
+            rows.append(row)
+            print(f"[{i + 1}/{len(variants)}] {row['name']}: {row['registers']} registers, {row['spills']} B spilled, "
+                  f"{row['shared'] / 1024:.0f} KiB shared", flush=True)
+    for stale in set(out_dir.glob("*.cubin")) - {out_dir / f"{row['name']}.cubin" for row in rows}:
+        stale.unlink()
+    ptxas_version = re.search(r"release ([\d.]+)", subprocess.check_output([str(PTXAS), "--version"], text=True)).group(1)
+    manifest = {"triton": triton.__version__, "ptxas": ptxas_version, "kernels": rows}
+    (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (out_dir / "kernels.cpp").write_text(kernels_cpp(rows, out_dir))
+
+
+def _compile_index(i: int) -> tuple[bytes, dict[str, Any]]:
+    return compile_variant(all_variants()[i])
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1] if len(sys.argv) > 1 else "build/kernels"))

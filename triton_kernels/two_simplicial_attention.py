@@ -1,0 +1,376 @@
+"""2-simplicial attention (arXiv 2507.02754): portable Triton kernels, forward and backward.
+
+Every kernel works on *rows*: a row is one (query token, query head) pair of one kv head, and row r of a kv head is token
+r // group, head r % group, so that any Hq / Hkv ratio fills its tiles. Of the two windows the host calls the shorter one
+"short". The short axis is walked by its OFFSET: at offset o, row (t, g) multiplies by its own short key t - o,
+
+    A = q * k_short[t - o]        S = scale * A @ k_long^T        out += v_short[t - o] * (P @ v_long)
+
+which wastes nothing on the short axis at any ratio. ONE_TOKEN says that a tile lies inside one token (group is a multiple
+of BLOCK_M), where the short row is the same for every row of the tile and is loaded once.
+
+The backward pass recomputes P from lse in two kernels without atomics. `two_simplicial_bwd_dq` walks query tiles: dq, and
+the short gradients summed into a private buffer per chunk of tiles, which `two_simplicial_bwd_merge` adds up in a fixed
+order. `two_simplicial_bwd_dkv` walks tiles of the long axis.
+"""
+
+import itertools
+
+import triton
+import triton.language as tl
+
+from triton_kernels.variant import Variant
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile_rows(first_row, num_rows, group, past, BLOCK_M: tl.constexpr):
+    """Tokens, heads of the group, absolute positions [BLOCK_M] of a tile's rows, and its first and last position."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    token = rows // group
+    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+    return token, rows % group, token + past, rows < num_rows, first_row // group + past, last_row // group + past
+
+
+@triton.jit
+def _short_rows(pos, first_pos, ONE_TOKEN: tl.constexpr):
+    """Positions [BLOCK_M or 1] of the short rows at offset 0."""
+    if ONE_TOKEN:
+        return tl.full([1], first_pos, tl.int32)
+    else:
+        return pos
+
+
+@triton.jit
+def _row_ptrs(ptr, row, stride, d):
+    return ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+
+
+@triton.jit
+def two_simplicial_fwd(
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
+    out_ptr: "*dtype:16", lse_ptr: "*fp32:16",
+    stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
+    stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
+    stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
+    stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
+    stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
+    num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
+    w_long: "i32", w_short: "i32", scale: "fp32",
+    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    num_rows = num_queries * group
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    batch_head = tl.program_id(0) // num_tiles
+    batch = (batch_head // kv_heads).to(tl.int64)
+    kv_head = (batch_head % kv_heads).to(tl.int64)
+    k_long_ptr += batch * stride_klb + kv_head * stride_klh
+    v_long_ptr += batch * stride_vlb + kv_head * stride_vlh
+    k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
+    v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
+    q_ptr += batch * stride_qb + kv_head * group * stride_qh
+
+    token, head, pos, row_ok, first_pos, last_pos = _tile_rows(
+        tl.program_id(0) % num_tiles * BLOCK_M, num_rows, group, num_keys - num_queries, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    d_ok = (d < head_dim)[None, :]
+    row_mask = row_ok[:, None] & d_ok
+    q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)  # [BLOCK_M, HEAD_DIM]
+    # The sign of scale goes to q (exact), so that the maximum of S is the maximum of the logits. A scale of 0 becomes one
+    # that is 0 to every finite logit but keeps -inf * scale == -inf.
+    q = tl.where(scale < 0, -q, q)
+    to_exponent = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+    short = _short_rows(pos, first_pos, ONE_TOKEN)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    for start in range(tl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        n_mask = (n <= last_pos)[:, None] & d_ok
+        k = tl.load(_row_ptrs(k_long_ptr, n, stride_kln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(_row_ptrs(v_long_ptr, n, stride_vln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long)
+        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
+            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
+            s = tl.dot(q * k_short, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
+            if at_edge | (offset > first_pos):
+                valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
+                s = tl.where(valid, s, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1) * to_exponent)
+            # A row that has seen no valid pair yet keeps a maximum of -inf; 0 in its place avoids -inf - -inf.
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(s * to_exponent - safe_max[:, None])
+            alpha = tl.exp2(row_max - safe_max)
+            row_sum = row_sum * alpha + tl.sum(p, 1)
+            row_max = new_max
+            pv = tl.dot(p.to(v.dtype), v, input_precision="tf32x3")  # [BLOCK_M, HEAD_DIM]
+            v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
+            acc = acc * alpha[:, None] + pv * v_short.to(tl.float32)
+
+    q_head = batch * kv_heads * group + kv_head * group + head
+    out_ptrs = _row_ptrs(out_ptr, (batch * num_queries + token) * kv_heads * group + kv_head * group + head, head_dim, d)
+    tl.store(out_ptrs, (acc / row_sum[:, None]).to(q.dtype), mask=row_mask)
+    tl.store(lse_ptr + q_head * num_queries + token, (row_max + tl.log2(row_sum)) * LN2, mask=row_ok)
+
+
+@triton.jit
+def two_simplicial_bwd_dq(
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
+    out_ptr: "*dtype:16", lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", grad_lse_ptr: "*fp32:16",
+    grad_q_ptr: "*dtype:16", delta_ptr: "*fp32:16", part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16",
+    stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
+    stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
+    stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
+    stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
+    stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
+    stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
+    num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
+    w_long: "i32", w_short: "i32", scale: "fp32", grad_scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
+    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dq, delta, and this chunk's partial sums of dk_short and dv_short.
+
+    A program walks chunk_tiles consecutive tiles and adds their short gradients into its own fp32 rows: row x of its
+    chunk_span rows is position first position of the chunk - w_short + 1 + x.
+    """
+    num_rows = num_queries * group
+    past = num_keys - num_queries
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    num_chunks = tl.cdiv(num_tiles, chunk_tiles)
+    chunk = tl.program_id(0) % num_chunks
+    batch_head = tl.program_id(0) // num_chunks
+    batch = (batch_head // kv_heads).to(tl.int64)
+    kv_head = (batch_head % kv_heads).to(tl.int64)
+    k_long_ptr += batch * stride_klb + kv_head * stride_klh
+    v_long_ptr += batch * stride_vlb + kv_head * stride_vlh
+    k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
+    v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
+    q_ptr += batch * stride_qb + kv_head * group * stride_qh
+    grad_out_ptr += batch * stride_gb + kv_head * group * stride_gh
+    part_k_ptr += tl.program_id(0).to(tl.int64) * chunk_span * head_dim
+    part_v_ptr += tl.program_id(0).to(tl.int64) * chunk_span * head_dim
+    part_start = chunk * chunk_tiles * BLOCK_M // group + past - w_short + 1
+
+    d = tl.arange(0, HEAD_DIM)
+    d_ok = (d < head_dim)[None, :]
+    to_exponent = scale * LOG2E
+
+    zero_rows = tl.arange(0, BLOCK_M)
+    for start in range(0, chunk_span, BLOCK_M):
+        zero_mask = (start + zero_rows < chunk_span)[:, None] & d_ok
+        tl.store(_row_ptrs(part_k_ptr, start + zero_rows, head_dim, d), tl.zeros([BLOCK_M, HEAD_DIM], tl.float32), mask=zero_mask)
+        tl.store(_row_ptrs(part_v_ptr, start + zero_rows, head_dim, d), tl.zeros([BLOCK_M, HEAD_DIM], tl.float32), mask=zero_mask)
+    tl.debug_barrier()
+
+    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, num_tiles)):
+        token, head, pos, row_ok, first_pos, last_pos = _tile_rows(tile * BLOCK_M, num_rows, group, past, BLOCK_M)
+        row_mask = row_ok[:, None] & d_ok
+        q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
+        grad_out = tl.load(_row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh, mask=row_mask, other=0.0)
+        out_row = (batch * num_queries + token) * kv_heads * group + kv_head * group + head
+        lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
+        out = tl.load(_row_ptrs(out_ptr, out_row, head_dim, d), mask=row_mask, other=0.0)
+        delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+        if has_grad_lse != 0:
+            delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
+        tl.store(delta_ptr + lse_row, delta, mask=row_ok)
+        lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
+        short = _short_rows(pos, first_pos, ONE_TOKEN)
+        grad_q = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
+            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
+            v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
+            qk = q * k_short
+            gv = grad_out * v_short
+            ds_k = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+            p_v = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+            for start in range(tl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                n_mask = (n <= last_pos)[:, None] & d_ok
+                k = tl.load(_row_ptrs(k_long_ptr, n, stride_kln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
+                v = tl.load(_row_ptrs(v_long_ptr, n, stride_vln, d), mask=n_mask, other=0.0)
+                s = tl.dot(qk, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
+                dp = tl.dot(gv, tl.trans(v), input_precision="tf32x3")
+                p = tl.exp2(s * to_exponent - lse2[:, None])
+                ds = p * (dp - delta[:, None])
+                if (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long) | (offset > first_pos):
+                    valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
+                    p = tl.where(valid, p, 0.0)
+                    # Position 0 sees one pair: its P is 1 whatever the logit, so its score gradients are exactly 0.
+                    ds = tl.where(valid & (pos[:, None] > 0), ds, 0.0)
+                ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
+                p_v = tl.dot(p.to(v.dtype), v, p_v, input_precision="tf32x3")
+            grad_q += k_short.to(tl.float32) * ds_k
+            row_dk = q.to(tl.float32) * ds_k
+            row_dv = grad_out.to(tl.float32) * p_v
+            if ONE_TOKEN:
+                part = (first_pos - offset - part_start) * head_dim + d
+                tl.store(part_k_ptr + part, tl.load(part_k_ptr + part, mask=d < head_dim) + tl.sum(row_dk, 0), mask=d < head_dim)
+                tl.store(part_v_ptr + part, tl.load(part_v_ptr + part, mask=d < head_dim) + tl.sum(row_dv, 0), mask=d < head_dim)
+                tl.debug_barrier()
+            else:
+                # The heads of one token share a short row, so they take turns (a tile holds at most BLOCK_M of them).
+                part_k_ptrs = _row_ptrs(part_k_ptr, pos - offset - part_start, head_dim, d)
+                part_v_ptrs = _row_ptrs(part_v_ptr, pos - offset - part_start, head_dim, d)
+                for turn in range(0, tl.minimum(group, BLOCK_M)):
+                    mask = (head % BLOCK_M == turn)[:, None] & (pos >= offset)[:, None] & row_mask
+                    tl.store(part_k_ptrs, tl.load(part_k_ptrs, mask=mask, other=0.0) + row_dk, mask=mask)
+                    tl.store(part_v_ptrs, tl.load(part_v_ptrs, mask=mask, other=0.0) + row_dv, mask=mask)
+                    tl.debug_barrier()
+        tl.store(_row_ptrs(grad_q_ptr, out_row, head_dim, d), (grad_q * grad_scale).to(q.dtype), mask=row_mask)
+
+
+@triton.jit
+def two_simplicial_bwd_merge(
+    part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
+    num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
+    w_short: "i32", grad_scale: "fp32", chunk_rows: "i32", chunk_span: "i32",
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk_short and dv_short: the chunks' partial rows, added in the order of the chunks."""
+    num_blocks = tl.cdiv(num_keys, BLOCK_N)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    num_rows = num_queries * group
+    num_chunks = tl.cdiv(num_rows, chunk_rows)
+    past = num_keys - num_queries
+    n = tl.program_id(0) % num_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    d_ok = (d < head_dim)[None, :]
+    first_n = tl.program_id(0) % num_blocks * BLOCK_N
+    # The queries that see a key of this block: positions first_n .. last key + w_short - 1.
+    first_chunk = tl.maximum(first_n - past, 0) * group // chunk_rows
+    last_pos = tl.minimum(first_n + BLOCK_N - 1, num_keys - 1) + w_short - 1
+    end_row = tl.minimum(tl.minimum(last_pos, num_keys - 1) - past + 1, num_queries) * group
+    grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for chunk in range(first_chunk, tl.cdiv(tl.maximum(end_row, 0), chunk_rows)):
+        chunk_first = chunk * chunk_rows // group + past
+        chunk_last = (tl.minimum((chunk + 1) * chunk_rows, num_rows) - 1) // group + past
+        part_row = n - (chunk_first - w_short + 1)
+        mask = ((part_row >= 0) & (n <= chunk_last) & (n < num_keys))[:, None] & d_ok
+        base = (batch_head * num_chunks + chunk) * chunk_span
+        grad_k += tl.load(_row_ptrs(part_k_ptr, base + part_row, head_dim, d), mask=mask, other=0.0)
+        grad_v += tl.load(_row_ptrs(part_v_ptr, base + part_row, head_dim, d), mask=mask, other=0.0)
+    batch = batch_head // kv_heads
+    row = (batch * num_keys + n) * kv_heads + batch_head % kv_heads
+    mask = (n < num_keys)[:, None] & d_ok
+    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * grad_scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
+    tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def two_simplicial_bwd_dkv(
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
+    lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", delta_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
+    stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
+    stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
+    stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
+    stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
+    stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
+    stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
+    num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
+    w_long: "i32", w_short: "i32", scale: "fp32", grad_scale: "fp32",
+    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk_long and dv_long of BLOCK_N keys: every row that sees one of them, at every offset, transposed."""
+    num_rows = num_queries * group
+    past = num_keys - num_queries
+    num_blocks = tl.cdiv(num_keys, BLOCK_N)
+    batch_head = tl.program_id(0) // num_blocks
+    batch = (batch_head // kv_heads).to(tl.int64)
+    kv_head = (batch_head % kv_heads).to(tl.int64)
+    k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
+    v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
+    q_ptr += batch * stride_qb + kv_head * group * stride_qh
+    grad_out_ptr += batch * stride_gb + kv_head * group * stride_gh
+
+    d = tl.arange(0, HEAD_DIM)
+    d_ok = (d < head_dim)[None, :]
+    first_n = tl.program_id(0) % num_blocks * BLOCK_N
+    last_n = tl.minimum(first_n + BLOCK_N, num_keys) - 1
+    n = first_n + tl.arange(0, BLOCK_N)
+    n_mask = (n < num_keys)[:, None] & d_ok
+    k = tl.load(_row_ptrs(k_long_ptr + batch * stride_klb + kv_head * stride_klh, n, stride_kln, d), mask=n_mask, other=0.0)
+    v = tl.load(_row_ptrs(v_long_ptr + batch * stride_vlb + kv_head * stride_vlh, n, stride_vln, d), mask=n_mask, other=0.0)
+    to_exponent = scale * LOG2E
+
+    grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    begin = tl.maximum(first_n - past, 0) * group
+    # min before the sum: last_n + w_long may pass 2^31
+    end = (last_n - past + 1 + tl.minimum(w_long - 1, num_keys - 1 - last_n)) * group
+    for first_row in range(begin, end, BLOCK_M):
+        token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
+        row_mask = row_ok[:, None] & d_ok
+        q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
+        grad_out = tl.load(_row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh, mask=row_mask, other=0.0)
+        lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
+        lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
+        short = _short_rows(pos, first_pos, ONE_TOKEN)
+        at_edge = (last_n > first_pos) | (first_n <= last_pos - w_long)
+        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
+            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
+            v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
+            qk = q * k_short
+            gv = grad_out * v_short
+            s_t = tl.dot(k, tl.trans(qk), input_precision="tf32x3")  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(gv), input_precision="tf32x3")
+            p_t = tl.exp2(s_t * to_exponent - lse2[None, :])
+            ds_t = p_t * (dp_t - delta[None, :])
+            if at_edge | (offset > first_pos):
+                valid = (n[:, None] <= pos[None, :]) & (n[:, None] > pos[None, :] - w_long) & (pos[None, :] >= offset)
+                p_t = tl.where(valid, p_t, 0.0)
+                ds_t = tl.where(valid & (pos[None, :] > 0), ds_t, 0.0)
+            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision="tf32x3")
+            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision="tf32x3")
+
+    row = (batch * num_keys + n) * kv_heads + kv_head
+    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * grad_scale).to(q_ptr.dtype.element_ty), mask=n_mask)
+    tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(q_ptr.dtype.element_ty), mask=n_mask)
+
+
+
+# Measured on an H100 (docs/kernels.md: what else was tried). 16-bit head dims up to 128, else the tile shrinks with the
+# bytes of a row; every tile fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
+def _tile(kernel, dtype: str, head_dim: int, one_token: bool) -> dict[str, int]:
+    row_bytes = head_dim * (4 if dtype == "fp32" else 2)
+    shrink = max(1, row_bytes // 256)
+    if kernel is two_simplicial_fwd:
+        block_m, block_n, warps, stages = 64, 128, 4, 1
+    elif kernel is two_simplicial_bwd_dkv:
+        block_m, block_n, warps, stages = 32, 64, 4, 1
+    elif one_token:
+        block_m, block_n, warps, stages = 64, 32, 4, 2
+    else:
+        block_m, block_n, warps, stages = 64, 64, 8, 1
+    return {
+        "BLOCK_M": max(16, block_m // shrink),
+        "BLOCK_N": max(16, block_n // shrink),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _variants() -> list[Variant]:
+    table = []
+    for arch, dtype, head_dim in itertools.product(
+        ("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32"), (32, 64, 128, 256)
+    ):
+        one_token_too = dtype != "fp32" and head_dim in (64, 128)
+        for kernel in (two_simplicial_fwd, two_simplicial_bwd_dq, two_simplicial_bwd_dkv):
+            for one_token in (0, 1) if one_token_too else (0,):
+                key = {"dtype": dtype, "HEAD_DIM": head_dim, "ONE_TOKEN": one_token}
+                table.append(Variant(kernel, arch, key, _tile(kernel, dtype, head_dim, bool(one_token))))
+        key = {"dtype": dtype, "HEAD_DIM": head_dim}
+        table.append(Variant(two_simplicial_bwd_merge, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+    return table
+
+
+VARIANTS = _variants()

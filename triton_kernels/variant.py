@@ -1,0 +1,51 @@
+"""Variant: one row of the kernel table, one cubin of the wheel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Value of a "dtype" key -> type in a Triton signature. The order is csrc/kernel.h's enum DType.
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A Triton function with every constant chosen.
+
+    `key` is what the host selects by (dtype, HEAD_DIM, ...); `tile` is what was measured for this arch: the other
+    constexprs of the function, and Triton's num_warps and num_stages. The host reads both back by name.
+    """
+
+    function: Any  # triton.JITFunction or gluon's
+    arch: str  # "sm80", "sm90a", "sm100f", "sm120f"
+    key: dict[str, Any]
+    tile: dict[str, int]
+
+    @property
+    def family(self) -> str:
+        return self.function.__name__
+
+    @property
+    def name(self) -> str:
+        """`two_simplicial_fwd-dtype=bf16-HEAD_DIM=128-ONE_TOKEN=0-sm90a`, in files, manifest, errors and profiles."""
+        return "-".join([self.family, *(f"{k}={v}" for k, v in self.key.items()), self.arch])
+
+    @property
+    def capability(self) -> int:
+        return int(self.arch.removeprefix("sm").rstrip("af"))
+
+    def constants(self) -> dict[str, int]:
+        """Constexpr arguments of the function: key and tile less what is a launch option or a type."""
+        return {k: v for k, v in (self.key | self.tile).items() if k not in ("dtype", "num_warps", "num_stages")}
+
+    def parameters(self) -> list[tuple[str, str, int]]:
+        """(name, Triton type, divisibility) of each run-time argument, from annotations like `"*dtype:16"`."""
+        rows = []
+        for p in self.function.params:
+            if not p.is_constexpr:
+                spelled, _, divisibility = p.annotation.partition(":")
+                if "dtype" in spelled:
+                    spelled = spelled.replace("dtype", DTYPES[self.key["dtype"]])
+                rows.append((p.name, spelled, int(divisibility or 1)))
+        return rows
