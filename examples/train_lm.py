@@ -48,7 +48,7 @@ SETUPS = {
             layers=interleave(4),
             options={"two_simplicial": {"w1": 64, "w2": 8}},
         ),
-        batch=8,
+        batch=4,
         length=256,
     ),
     "cuda": Setup(
@@ -216,7 +216,7 @@ def main() -> None:
     train_text, valid_text = read_stdlib()
     batches = Batches(train_text, setup.batch, setup.length, args.seed, args.device)
     valid = Batches(valid_text, setup.batch, setup.length, args.seed + 1, args.device)
-    curves = train(models, batches, [valid.next() for _ in range(8)], args)
+    curves = train(models, batches, [valid.next() for _ in range(16)], args)
     (args.out / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
     title = f"Python standard library, {models[args.mixer].num_parameters():,} parameters each"
     plot(curves, title, args.out / "curves.png")
