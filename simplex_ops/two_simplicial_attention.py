@@ -156,9 +156,9 @@ def _backward_fake(
         if statistic is not None:
             _expect_shape(op, name, statistic, _lse_shape(q), "batch, heads, length of q")
             wanted = "Double" if q.dtype == torch.float64 else "Float"
-            _expect(
-                op, statistic.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {_dtype_name(statistic)}"
-            )
+            got = _dtype_name(statistic)
+            _expect(op, statistic.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {got}")
+            _expect_device(op, name, statistic, q)
     return tuple(x.new_empty(x.shape) for x in (q, k1, k2, v1, v2))
 
 
@@ -226,6 +226,10 @@ def _expect_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], origin:
 def _expect_like_q(op: str, name: str, x: Tensor, q: Tensor) -> None:
     dtypes = f"{name} to have the dtype of q ({_dtype_name(q)}), got {_dtype_name(x)}"
     _expect(op, x.dtype == q.dtype, dtypes)
+    _expect_device(op, name, x, q)
+
+
+def _expect_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
     _expect(op, x.device == q.device, f"{name} to have the device of q ({q.device}), got {x.device}")
 
 

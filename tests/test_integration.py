@@ -1,0 +1,441 @@
+"""The ops inside torch: autograd, torch.compile, TorchScript, autocast, threads, streams. Every test compares numbers.
+
+test_package.py runs all of it once more through the Python autograd fallback.
+"""
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from problem import NAMES, draw, evaluate
+from torch.utils.checkpoint import checkpoint
+
+import simplex_ops
+
+attention = partial(simplex_ops.two_simplicial_attention, return_lse=True)
+overload = torch.ops.simplex.two_simplicial_attention.default
+overload_backward = torch.ops.simplex.two_simplicial_attention_backward.default
+
+# The most precise dtype of each device, so that a wrong gradient cannot hide behind rounding.
+DTYPE = {"cpu": torch.float64, "cuda": torch.float32}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+def small(device, **changes):
+    return draw(**{"n_q": 13, "n_k": 19, "kv_heads": 2, "device": device, "dtype": DTYPE[device], **changes})
+
+
+def leaves(problem):
+    return [x.clone().requires_grad_() for x in problem.inputs]
+
+
+def truth_of(problem):
+    return evaluate(reference.two_simplicial_attention, problem, torch.float64)
+
+
+def assert_close(actual, expected):
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance)
+
+
+def assert_truth(results, problem):
+    """`results` maps some of out, lse, grad_q, ... to what was computed."""
+    truth = truth_of(problem)
+    assert results
+    for name, actual in results.items():
+        assert_close(actual, truth[name])
+
+
+def backward(problem, out, lse):
+    torch.autograd.backward([out, lse], [problem.grad_out, problem.grad_lse])
+
+
+def grads_of(inputs):
+    return {f"grad_{name}": x.grad for name, x in zip(NAMES, inputs, strict=True)}
+
+
+# Registration
+
+
+def simplex_ops_by_name():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name for name in names if name.startswith("simplex::"))
+
+
+@pytest.mark.parametrize("name", simplex_ops_by_name())
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "Autograd"])
+def test_every_op_has_every_kernel(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+@pytest.mark.parametrize("name", [name for name in simplex_ops_by_name() if not name.endswith("_backward")])
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
+def test_every_op_follows_autocast(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device, requires_grad):
+    problem = small(device)
+    inputs = leaves(problem) if requires_grad else problem.inputs
+    torch.library.opcheck(overload, (*inputs, 5, 3))
+    torch.library.opcheck(overload, (*inputs, 1, 100, 0.3))
+
+
+@pytest.mark.parametrize("with_grad_lse", [False, True])
+def test_opcheck_backward(device, with_grad_lse):
+    problem = small(device)
+    out, lse = overload(*problem.inputs, 5, 3)
+    grad_lse = problem.grad_lse if with_grad_lse else None
+    torch.library.opcheck(overload_backward, (problem.grad_out, grad_lse, *problem.inputs, out, lse, 5, 3))
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_one_input_requires_grad(device, wanted):
+    problem = small(device)
+    inputs = [x.clone().requires_grad_(name == wanted) for name, x in zip(NAMES, problem.inputs, strict=True)]
+    out, lse = attention(*inputs, problem.w1, problem.w2)
+    backward(problem, out, lse)
+    grads = grads_of(inputs)
+    assert [name for name, grad in grads.items() if grad is not None] == [f"grad_{wanted}"]
+    assert_truth({"out": out, "lse": lse, f"grad_{wanted}": grads[f"grad_{wanted}"]}, problem)
+
+
+def test_no_graph_where_none_is_wanted(device):
+    problem = small(device)
+    with torch.no_grad():
+        out, lse = attention(*leaves(problem), problem.w1, problem.w2)
+    assert (out.requires_grad, lse.requires_grad) == (False, False)
+    assert_truth({"out": out, "lse": lse}, problem)
+    with torch.inference_mode():
+        out, lse = attention(*[x.clone() for x in problem.inputs], problem.w1, problem.w2)
+        assert out.is_inference()
+    assert_truth({"out": out.clone(), "lse": lse.clone()}, problem)
+
+
+@pytest.mark.parametrize("zeroed", ["grad_out", "grad_lse"])
+def test_gradient_of_one_output(device, zeroed):
+    """Nothing flows into the other output: the same as zeros, though the backward op sees None for grad_lse."""
+    problem = small(device)
+    truth = small(device)
+    truth.inputs, truth.grad_out, truth.grad_lse = problem.inputs, problem.grad_out, problem.grad_lse
+    setattr(truth, zeroed, torch.zeros_like(getattr(problem, zeroed)))
+    inputs = leaves(problem)
+    out, lse = attention(*inputs, problem.w1, problem.w2)
+    output, grad = (lse, problem.grad_lse) if zeroed == "grad_out" else (out, problem.grad_out)
+    output.backward(grad)
+    assert_truth(grads_of(inputs), truth)
+
+
+def test_strided_gradients(device):
+    """What sum, expand and transpose send back is rarely contiguous."""
+    problem = small(device)
+    problem.grad_out = torch.randn_like(problem.grad_out).transpose(1, 3).contiguous().transpose(1, 3)
+    problem.grad_lse = torch.ones((), device=device, dtype=problem.grad_lse.dtype).expand_as(problem.grad_lse)
+    inputs = leaves(problem)
+    backward(problem, *attention(*inputs, problem.w1, problem.w2))
+    assert_truth(grads_of(inputs), problem)
+
+
+def test_gradients_accumulate_over_two_backwards(device):
+    problem = small(device)
+    inputs = leaves(problem)
+    out, lse = attention(*inputs, problem.w1, problem.w2)
+    torch.autograd.backward([out, lse], [problem.grad_out, problem.grad_lse], retain_graph=True)
+    backward(problem, out, lse)
+    assert_truth({name: grad / 2 for name, grad in grads_of(inputs).items()}, problem)
+    with pytest.raises(RuntimeError, match="second time"):
+        backward(problem, out, lse)
+
+
+@pytest.mark.parametrize("changed", [*NAMES, "out", "lse"])
+def test_a_saved_tensor_changed_in_place_is_noticed(device, changed):
+    problem = small(device)
+    tensors = dict(zip(NAMES, (x * 1 for x in leaves(problem)), strict=True))
+    out, lse = attention(*tensors.values(), problem.w1, problem.w2)
+    tensors |= {"out": out, "lse": lse}
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.sum() + lse.sum()).backward()
+
+
+def test_double_backward_says_that_there_is_none(device):
+    problem = small(device)
+    inputs = leaves(problem)
+    out, lse = attention(*inputs, problem.w1, problem.w2)
+    outputs, incoming = [out, lse], [problem.grad_out, problem.grad_lse]
+    grads = torch.autograd.grad(outputs, inputs, incoming, create_graph=True)
+    assert_truth({f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True)}, problem)
+    with pytest.raises(RuntimeError, match="two_simplicial_attention is not twice differentiable"):
+        grads[0].sum().backward()
+
+
+def test_saved_tensor_hooks(device):
+    """Five inputs and two outputs are saved, nothing else, and they come back through the hooks."""
+    problem = small(device)
+    inputs = leaves(problem)
+    packed, unpacked = [], []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.detach().cpu()
+
+    def unpack(x):
+        unpacked.append(x.shape)
+        return x.to(device)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+    backward(problem, out, lse)
+    assert sorted(packed) == sorted(unpacked) == sorted([x.shape for x in problem.inputs] + [out.shape, lse.shape])
+    assert_truth(grads_of(inputs), problem)
+
+
+def test_saved_on_cpu(device):
+    problem = small(device)
+    inputs = leaves(problem)
+    with torch.autograd.graph.save_on_cpu(pin_memory=device == "cuda"):
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+    backward(problem, out, lse)
+    assert_truth(grads_of(inputs), problem)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(device, use_reentrant):
+    problem = small(device)
+    inputs = leaves(problem)
+    backward(problem, *checkpoint(attention, *inputs, problem.w1, problem.w2, use_reentrant=use_reentrant))
+    assert_truth(grads_of(inputs), problem)
+
+
+def test_the_graph_is_freed_without_the_garbage_collector(device):
+    """An output is saved by the node that it refers to: careless saving would make that a cycle."""
+    problem = small(device)
+    inputs = [x * 1 for x in leaves(problem)]
+    alive = weakref.ref(inputs[0])
+    gc.disable()
+    try:
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+        del inputs
+        assert alive() is not None  # saved
+        del out, lse
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_threads(device):
+    """Threads that share leaves, each with its own forward and backward."""
+    problem = small(device)
+    inputs = leaves(problem)
+    errors = []
+
+    def work():
+        try:
+            backward(problem, *attention(*inputs, problem.w1, problem.w2))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert_truth({name: grad / 4 for name, grad in grads_of(inputs).items()}, problem)
+
+
+def test_torch_func(device):
+    """Reverse mode and vmap work, or say that they do not; forward mode never drops a tangent silently."""
+    problem = small(device)
+    problem.grad_lse = None
+
+    def loss(*inputs):
+        return (simplex_ops.two_simplicial_attention(*inputs, problem.w1, problem.w2) * problem.grad_out).sum()
+
+    if simplex_ops.info().autograd == "cpp":
+        grads = torch.func.grad(loss, tuple(range(5)))(*problem.inputs)
+        assert_truth({f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True)}, problem)
+    else:
+        with pytest.raises(RuntimeError, match="functorch"):
+            torch.func.grad(loss)(*problem.inputs)
+    with pytest.raises(NotImplementedError, match=r"two_simplicial_attention.*forward-mode"):
+        torch.func.jvp(loss, tuple(problem.inputs), tuple(problem.inputs))
+    twice = [torch.stack([x, x / 2]) for x in problem.inputs]
+    outs = torch.vmap(lambda *inputs: attention(*inputs, problem.w1, problem.w2)[0])(*twice)
+    assert_truth({"out": outs[0]}, problem)
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(device, dtype):
+    """Inputs are cast to the dtype of the region; gradients come back in their own."""
+    problem = small(device, dtype=dtype)
+    inputs = leaves(problem)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+        with torch.autocast(device, enabled=False):
+            assert attention(*inputs, problem.w1, problem.w2)[0].dtype == dtype
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    expected = attention(*(x.bfloat16() for x in problem.inputs), problem.w1, problem.w2)
+    torch.testing.assert_close((out, lse), expected, rtol=0, atol=0)
+    out.backward(problem.grad_out.to(out.dtype))
+    problem.grad_lse = None
+    for grad, expected in zip(grads_of(inputs).values(), list(truth_of(problem).values())[2:], strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_autocast_leaves_double_alone():
+    problem = small("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = attention(*problem.inputs, problem.w1, problem.w2)
+    assert out.dtype == torch.float64
+    assert_truth({"out": out, "lse": lse}, problem)
+
+
+# torch.compile and TorchScript
+
+
+def test_compile(device):
+    """One graph, dynamic in batch, length and windows, forward and backward."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
+    for changes in ({"batch": 6}, {"batch": 3, "n_k": 33, "n_q": 20}, {"batch": 5, "n_k": 24, "n_q": 7, "w1": 9, "w2": 2}):
+        problem = small(device, **changes)
+        assert_truth(evaluate(compiled, problem), problem)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    explanation = torch._dynamo.explain(attention)(*problem.inputs, problem.w1, problem.w2)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+
+
+def test_compile_under_autocast(device):
+    torch._dynamo.reset()
+    problem = small(device, dtype=torch.float32)
+
+    def function(*inputs):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return attention(*(x * 1 for x in inputs), problem.w1, problem.w2)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*problem.inputs), function(*problem.inputs), rtol=0, atol=0)
+
+
+class Scripted(torch.nn.Module):
+    """The op itself: TorchScript does not know the keyword-only defaults of the public function."""
+
+    def forward(
+        self, q: torch.Tensor, k1: torch.Tensor, k2: torch.Tensor, v1: torch.Tensor, v2: torch.Tensor, w1: int, w2: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, w1, w2)
+
+
+def test_torchscript(device, tmp_path):
+    torch.jit.script(Scripted()).save(tmp_path / "scripted.pt")
+    loaded = torch.jit.load(tmp_path / "scripted.pt", map_location=device)
+    for _ in range(3):  # the second and third run are the optimised ones
+        problem = small(device)
+        inputs = leaves(problem)
+        out, lse = loaded(*inputs, problem.w1, problem.w2)
+        backward(problem, out, lse)
+        assert_truth({"out": out, "lse": lse, **grads_of(inputs)}, problem)
+
+
+def test_torchscript_trace(device):
+    problem = small(device)
+    traced = torch.jit.trace(lambda *x: attention(*x, 5, 3), problem.inputs)
+    other = small(device, batch=3, n_k=21, n_q=21)
+    out, lse = traced(*other.inputs)
+    assert_truth({"out": out, "lse": lse}, other)
+
+
+# CUDA
+
+FIRST_CALL_CAPTURED = """
+import torch, simplex_ops, sys
+sys.path.insert(0, "{tests}")
+from problem import draw, evaluate
+import reference
+torch.manual_seed(1)
+attention = lambda *x: simplex_ops.two_simplicial_attention(*x, 5, 3, return_lse=True)
+static, fresh = (draw(device="cuda", n_q=13, kv_heads=2) for _ in range(2))
+inputs = [x.requires_grad_() for x in static.inputs]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out, lse = attention(*inputs)
+    grads = torch.autograd.grad([out, lse], inputs, [static.grad_out, static.grad_lse])
+for mine, new in zip([*inputs, static.grad_out, static.grad_lse], [*fresh.inputs, fresh.grad_out, fresh.grad_lse]):
+    mine.data.copy_(new)
+graph.replay()
+truth = evaluate(reference.two_simplicial_attention, fresh, torch.float64)
+for actual, expected in zip((out, lse, *grads), truth.values()):
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+print("captured")
+"""
+
+
+@pytest.mark.gpu
+def test_cuda_graph_capture_is_the_very_first_call():
+    """Loading the cubin must not touch the capture."""
+    program = FIRST_CALL_CAPTURED.format(tests=Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert run.stdout == "captured\n", run.stderr
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    """The op runs on the current stream, after what was queued there before it."""
+    problem = small("cuda", n_k=64, n_q=64)
+    inputs = [torch.zeros_like(x, requires_grad=True) for x in problem.inputs]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # the inputs arrive late
+        for mine, value in zip(inputs, problem.inputs, strict=True):
+            mine.data.copy_(value)
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+        assert not stream.query()  # the call itself did not wait
+        backward(problem, out, lse)
+    stream.synchronize()
+    assert_truth({"out": out, "lse": lse, **grads_of(inputs)}, problem)
+
+
+@pytest.mark.gpu
+def test_fresh_thread():
+    """A new thread has no CUDA context until somebody makes one current."""
+    problem = small("cuda")
+    results = {}
+
+    def work():
+        results["out"], results["lse"] = attention(*problem.inputs, problem.w1, problem.w2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert_truth(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_choose_the_device():
+    problem = small("cuda:1", dtype=torch.float32)
+    inputs = leaves(problem)
+    with torch.cuda.device(0):
+        out, lse = attention(*inputs, problem.w1, problem.w2)
+        backward(problem, out, lse)
+    assert out.device.index == 1
+    assert_truth({"out": out, "lse": lse, **grads_of(inputs)}, problem)
