@@ -158,10 +158,9 @@ void add_rows(int64_t begin, int64_t count, const T* from, int64_t D, int64_t le
 // a task that nobody has begun, since tasks are taken in ascending order.
 template <class In>
 void backward(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-              const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
+              const Tensor& lse, TwoSimplicialGrads& grads) {
   using T = Acc<In>;
   Problem<In> problem = make_problem<In>(p);
-  problem.saved_out = rows<const In>(out);
   problem.grad_out = rows<const In>(grad_out);
   problem.saved_lse = static_cast<const T*>(lse.const_data_ptr());
   problem.grad_lse = grad_lse ? static_cast<const T*>(grad_lse->const_data_ptr()) : nullptr;
@@ -229,8 +228,8 @@ void forward_cpu(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
 }
 
 void backward_cpu(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-                  const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
-  dispatch(p.q, [&](auto element) { backward<decltype(element)>(p, grad_out, grad_lse, out, lse, grads); });
+                  const Tensor& /*out*/, const Tensor& lse, TwoSimplicialGrads& grads) {
+  dispatch(p.q, [&](auto element) { backward<decltype(element)>(p, grad_out, grad_lse, lse, grads); });
 }
 
 }  // namespace simplex

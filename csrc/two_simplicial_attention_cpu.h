@@ -37,8 +37,7 @@ struct Problem {
 
   Rows<In> out;               // forward: written
   T* lse;                     // forward: written, [B, Hq, Nq]
-  Rows<const In> saved_out;   // backward: read, as the next three
-  Rows<const In> grad_out;
+  Rows<const In> grad_out;    // backward: read, as the next two
   const T* saved_lse;
   const T* grad_lse;          // or null
   Rows<In> grad_q;            // backward: written
@@ -70,6 +69,10 @@ class Arena {
     T* const p = memory_ ? memory_ + used_ : nullptr;
     used_ += round_up(count, 16);
     return p;
+  }
+  template <class U>
+  U* take_as(int64_t count) {
+    return reinterpret_cast<U*>(take(round_up(count * sizeof(U), sizeof(T)) / sizeof(T)));
   }
   int64_t used() const { return used_; }
 

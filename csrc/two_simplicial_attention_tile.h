@@ -94,6 +94,8 @@ struct Operands {
     return true;
   }
 
+  void rewind() { end = 0; }
+
   // Short keys of a token, times the heads.
   int64_t rows_of(int64_t token) const { return std::min(p.w_short, first_token + token + 1) * p.group; }
 };
@@ -138,13 +140,24 @@ SIMPLEX_INLINE void for_each_block(Operands<In>& o, Body body) {
   }
 }
 
-// Makes the elements of a row of logits that the row's query does not see vanish under exp.
-template <class T>
-SIMPLEX_INLINE void mask_row(const Row& row, const Block& block, int64_t width, T* s) {
-  const int64_t first = std::clamp<int64_t>(row.first - block.begin, 0, width);
-  const int64_t last = std::clamp<int64_t>(row.last - block.begin, first, width);
-  std::fill(s, s + first, -std::numeric_limits<T>::infinity());
-  std::fill(s + last, s + width, -std::numeric_limits<T>::infinity());
+// s[row, key] = rows[row] . keys[key] for a block, `unseen` where the row's query does not see the key. Returns the length of
+// a row of s: a whole number of vectors.
+template <class In, class T = Acc<In>>
+int64_t scores(const Operands<In>& o, const Block& block, const T* rows, const T* keys_t, T unseen, T* s) {
+  const int64_t width = round_up(block.end - block.begin, Simd<T>::kLanes);
+  gemm<T>(block.rows, width, o.p.D, {rows, o.ld, 1}, keys_t + block.begin - o.begin, o.ld_chunk, s, o.ld_chunk, false);
+  for (int64_t r = 0; r < block.rows; ++r, s += o.ld_chunk) {
+    const int64_t first = std::clamp<int64_t>(o.rows[r].first - block.begin, 0, width);
+    const int64_t last = std::clamp<int64_t>(o.rows[r].last - block.begin, first, width);
+    std::fill(s, s + first, unseen);
+    std::fill(s + last, s + width, unseen);
+  }
+  return width;
+}
+
+template <class In, class T = Acc<In>>
+int64_t logits(const Operands<In>& o, const Block& block, T* s) {
+  return scores(o, block, o.a, o.k_long_t, std::numeric_limits<T>::lowest(), s);
 }
 
 template <class T>
@@ -160,7 +173,8 @@ SIMPLEX_INLINE void add_product(int64_t n, const T* __restrict x, const T* __res
 template <class In>
 struct ForwardBuffers {
   using T = Acc<In>;
-  T *out, *row_max, *row_sum;  // per query of the tile: unnormalised output, maximum, sum of exp(logit - maximum)
+  T *out, *row_max;            // per query of the tile: unnormalised output, maximum
+  double* row_sum;             // and sum of exp(logit - maximum)
   T *s;                        // [kBlockRows, ld_chunk] logits, then probabilities
   T *product;                  // [kBlockRows, ld]
 
@@ -168,7 +182,7 @@ struct ForwardBuffers {
     const int64_t queries = o.tile.queries * o.p.group;
     out = arena.take(queries * o.ld);
     row_max = arena.take(queries);
-    row_sum = arena.take(queries);
+    row_sum = arena.template take_as<double>(queries);
     s = arena.take(kBlockRows * o.ld_chunk);
     product = arena.take(kBlockRows * o.ld);
   }
@@ -181,8 +195,7 @@ void online_softmax(const Operands<In>& o, const Block& block, int64_t width, Fo
   constexpr int64_t kLanes = Simd<T>::kLanes;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row& row = o.rows[r];
-    T* const s = f.s + r * o.ld_chunk;
-    mask_row(row, block, width, s);
+    const T* const s = f.s + r * o.ld_chunk;
     Vec<T> largest = splat(f.row_max[row.query]);
     for (int64_t j = 0; j < width; j += kLanes) {
       const Vec<T> x = load(s + j);
@@ -218,14 +231,12 @@ void forward_tile(const Problem<In>& p, const Tile& tile, Arena<Acc<In>>& arena)
   const int64_t queries = tile.queries * p.group;
   std::fill(f.out, f.out + queries * o.ld, T(0));
   std::fill(f.row_max, f.row_max + queries, std::numeric_limits<T>::lowest());  // finite: lowest - lowest is not NaN
-  std::fill(f.row_sum, f.row_sum + queries, T(0));
+  std::fill(f.row_sum, f.row_sum + queries, 0.0);
   o.pack_short();
   while (o.next_chunk()) {
     for_each_block(o, [&](const Block& block) {
       const int64_t keys = block.end - block.begin, offset = block.begin - o.begin;
-      const int64_t width = round_up(keys, Simd<T>::kLanes);
-      gemm<T>(block.rows, width, p.D, {o.a, o.ld, 1}, o.k_long_t + offset, o.ld_chunk, f.s, o.ld_chunk, false);
-      online_softmax(o, block, width, f);
+      online_softmax(o, block, logits(o, block, f.s), f);
       gemm<T>(block.rows, o.ld, keys, {f.s, o.ld_chunk, 1}, o.v_long + offset * o.ld, o.ld, f.product, o.ld, false);
       for (int64_t r = 0; r < block.rows; ++r) {
         const Row& row = o.rows[r];
@@ -236,8 +247,8 @@ void forward_tile(const Problem<In>& p, const Tile& tile, Arena<Acc<In>>& arena)
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t n = tile.first_query + i / p.group, head = tile.kv_head * p.group + i % p.group;
     In* const out = p.out(tile.batch, n, head);
-    for (int64_t d = 0; d < p.D; ++d) out[d] = In(f.out[i * o.ld + d] / f.row_sum[i]);
-    p.lse[(tile.batch * p.Hq + head) * p.Nq + n] = T(f.row_max[i] + std::log(double(f.row_sum[i])));
+    for (int64_t d = 0; d < p.D; ++d) out[d] = In(T(f.out[i * o.ld + d] / f.row_sum[i]));
+    p.lse[(tile.batch * p.Hq + head) * p.Nq + n] = T(f.row_max[i] + std::log(f.row_sum[i]));
   }
 }
 
@@ -245,10 +256,11 @@ template <class In>
 struct BackwardBuffers {
   using T = Acc<In>;
   T *grad_out, *grad_q;     // [queries, ld]
-  T *lse, *delta, *live;    // per query; live is 0 where only one pair is visible
+  T *lse, *grad_lse;        // per query
+  double *total, *weighted; // per query: sum of P and of P * dP
   T *k_long, *v_long_t;     // [chunk, ld], [D, ld_chunk]
   T *b;                     // [kBlockRows, ld], grad_out * v_short of the current block
-  T *prob, *grad_s;         // [kBlockRows, ld_chunk]
+  T *prob, *grad_s;         // [kBlockRows, ld_chunk]: exp(logit - lse); dP, then dS
   T *product;               // [kBlockRows, ld]
   KeyGrads<T> keys;
 
@@ -257,8 +269,9 @@ struct BackwardBuffers {
     grad_out = arena.take(queries * o.ld);
     grad_q = arena.take(queries * o.ld);
     lse = arena.take(queries);
-    delta = arena.take(queries);
-    live = arena.take(queries);
+    grad_lse = arena.take(queries);
+    total = arena.template take_as<double>(queries);
+    weighted = arena.template take_as<double>(queries);
     k_long = arena.take(o.chunk * o.ld);
     v_long_t = arena.take(o.p.D * o.ld_chunk);
     b = arena.take(kBlockRows * o.ld);
@@ -271,33 +284,74 @@ struct BackwardBuffers {
     keys.k_long = arena.take(keys.long_count * o.ld);
     keys.v_long = arena.take(keys.long_count * o.ld);
   }
+
+  void clear(const Operands<In>& o) {
+    const int64_t queries = o.tile.queries * o.p.group;
+    std::fill(grad_q, grad_q + queries * o.ld, T(0));
+    std::fill(total, total + queries, 0.0);
+    std::fill(weighted, weighted + queries, 0.0);
+    std::fill(keys.k_short, keys.k_short + keys.short_count * o.ld, T(0));
+    std::fill(keys.v_short, keys.v_short + keys.short_count * o.ld, T(0));
+    std::fill(keys.k_long, keys.k_long + keys.long_count * o.ld, T(0));
+    std::fill(keys.v_long, keys.v_long + keys.long_count * o.ld, T(0));
+  }
 };
 
-// A query that sees one pair has probability 1 whatever its logit is, so its logit's gradient is exactly grad_lse. As
-// dP - delta that is a difference of two rounded sums, and never exactly 0; live = 0 drops dP and delta alike.
 template <class In>
-void prepare_queries(const Operands<In>& o, BackwardBuffers<In>& f) {
-  using T = Acc<In>;
+void pack_queries(const Operands<In>& o, BackwardBuffers<In>& f) {
   const Problem<In>& p = o.p;
   const Tile& tile = o.tile;
   for (int64_t i = 0; i < tile.queries * p.group; ++i) {
     const int64_t n = tile.first_query + i / p.group, head = tile.kv_head * p.group + i % p.group;
-    const In* out = p.saved_out(tile.batch, n, head);
-    T* const grad_out = f.grad_out + i * o.ld;
-    o.pack_row(p.grad_out(tile.batch, n, head), grad_out);
-    const bool single = o.first_token + i / p.group == 0 || p.w_long == 1;
-    double delta = 0;
-    if (!single)
-      for (int64_t d = 0; d < p.D; ++d) delta += double(grad_out[d]) * double(out[d]);
     const int64_t statistic = (tile.batch * p.Hq + head) * p.Nq + n;
-    if (p.grad_lse) delta -= double(p.grad_lse[statistic]);
-    f.live[i] = single ? T(0) : T(1);
-    f.delta[i] = T(delta);
+    o.pack_row(p.grad_out(tile.batch, n, head), f.grad_out + i * o.ld);
     f.lse[i] = p.saved_lse[statistic];
+    f.grad_lse[i] = p.grad_lse ? p.grad_lse[statistic] : 0;
   }
 }
 
-// logits -> P, dP -> dS
+// Fills prob and grad_s = dP of a block and returns the length of their rows.
+template <class In>
+int64_t probabilities(const Operands<In>& o, const Block& block, BackwardBuffers<In>& f) {
+  using T = Acc<In>;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const T* __restrict grad_out = f.grad_out + o.rows[r].query * o.ld;
+    const T* __restrict v = o.v_short + o.rows[r].short_key * o.ld;
+    T* __restrict b = f.b + r * o.ld;
+    for (int64_t d = 0; d < o.ld; ++d) b[d] = grad_out[d] * v[d];
+  }
+  scores(o, block, f.b, f.v_long_t, T(0), f.grad_s);
+  const int64_t width = logits(o, block, f.prob);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    T* const prob = f.prob + r * o.ld_chunk;
+    const Vec<T> lse = splat(f.lse[o.rows[r].query]);
+    for (int64_t j = 0; j < width; j += Simd<T>::kLanes) store(prob + j, exp_small<T>(load(prob + j) - lse));
+  }
+  return width;
+}
+
+// Textbook code takes exp(logit - lse) for P and grad_out . out for sum P dP. Both are off: an lse of 10 rounded to fp32 by up
+// to 5e-7, which all of its query's probabilities share, and grad_out . out by the rounding of out, so that dP - sum P dP
+// leaves a rest where one pair takes all the weight. Added up from the very numbers that they are subtracted from, the errors
+// cancel; a query with a single visible pair gets score gradients of exactly 0.
+template <class In>
+void add_statistics(const Operands<In>& o, const Block& block, int64_t width, BackwardBuffers<In>& f) {
+  using T = Acc<In>;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const T* const prob = f.prob + r * o.ld_chunk;
+    const T* const grad = f.grad_s + r * o.ld_chunk;
+    Vec<T> total{}, weighted{};
+    for (int64_t j = 0; j < width; j += Simd<T>::kLanes) {
+      const Vec<T> x = load(prob + j);
+      total += x;
+      weighted += x * load(grad + j);
+    }
+    f.total[o.rows[r].query] += sum<T>(total);
+    f.weighted[o.rows[r].query] += sum<T>(weighted);
+  }
+}
+
+// Normalises P; dP -> dS = P (dP - sum P dP + grad_lse).
 template <class In>
 void softmax_backward(const Operands<In>& o, const Block& block, int64_t width, BackwardBuffers<In>& f) {
   using T = Acc<In>;
@@ -305,42 +359,32 @@ void softmax_backward(const Operands<In>& o, const Block& block, int64_t width, 
     const int64_t query = o.rows[r].query;
     T* const prob = f.prob + r * o.ld_chunk;
     T* const grad_s = f.grad_s + r * o.ld_chunk;
-    mask_row(o.rows[r], block, width, prob);
-    const Vec<T> lse = splat(f.lse[query]), delta = splat(f.delta[query]), live = splat(f.live[query]);
+    const Vec<T> inverse = splat(T(1 / f.total[query]));
+    const Vec<T> mean = splat(T(f.weighted[query] / f.total[query])), grad_lse = splat(f.grad_lse[query]);
     for (int64_t j = 0; j < width; j += Simd<T>::kLanes) {
-      const Vec<T> x = exp_small<T>(load(prob + j) - lse);
+      const Vec<T> x = load(prob + j) * inverse;
       store(prob + j, x);
-      store(grad_s + j, x * (live * load(grad_s + j) - delta));
+      store(grad_s + j, x * (load(grad_s + j) - mean + grad_lse));
     }
   }
 }
 
+// From P and dS of a block to its shares in all five gradients.
 template <class In>
-void backward_block(const Operands<In>& o, const Block& block, BackwardBuffers<In>& f) {
+void add_gradients(const Operands<In>& o, const Block& block, BackwardBuffers<In>& f) {
   using T = Acc<In>;
-  const int64_t keys = block.end - block.begin, offset = block.begin - o.begin;
-  const int64_t width = round_up(keys, Simd<T>::kLanes);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const T* __restrict grad_out = f.grad_out + o.rows[r].query * o.ld;
-    const T* __restrict v = o.v_short + o.rows[r].short_key * o.ld;
-    T* __restrict b = f.b + r * o.ld;
-    for (int64_t d = 0; d < o.ld; ++d) b[d] = grad_out[d] * v[d];
-  }
-  gemm<T>(block.rows, width, o.p.D, {o.a, o.ld, 1}, o.k_long_t + offset, o.ld_chunk, f.prob, o.ld_chunk, false);
-  gemm<T>(block.rows, width, o.p.D, {f.b, o.ld, 1}, f.v_long_t + offset, o.ld_chunk, f.grad_s, o.ld_chunk, false);
-  softmax_backward(o, block, width, f);
-
-  gemm<T>(block.rows, o.ld, keys, {f.grad_s, o.ld_chunk, 1}, f.k_long + offset * o.ld, o.ld, f.product, o.ld, false);
+  const int64_t keys = block.end - block.begin, source = (block.begin - o.begin) * o.ld;
+  gemm<T>(block.rows, o.ld, keys, {f.grad_s, o.ld_chunk, 1}, f.k_long + source, o.ld, f.product, o.ld, false);
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t query = o.rows[r].query * o.ld, short_key = o.rows[r].short_key * o.ld;
     add_product(o.ld, o.k_short + short_key, f.product + r * o.ld, f.grad_q + query);
     add_product(o.ld, o.q + query, f.product + r * o.ld, f.keys.k_short + short_key);
   }
-  gemm<T>(block.rows, o.ld, keys, {f.prob, o.ld_chunk, 1}, o.v_long + offset * o.ld, o.ld, f.product, o.ld, false);
-  for (int64_t r = 0; r < block.rows; ++r)
-    add_product(o.ld, f.grad_out + o.rows[r].query * o.ld, f.product + r * o.ld,
-                f.keys.v_short + o.rows[r].short_key * o.ld);
-
+  gemm<T>(block.rows, o.ld, keys, {f.prob, o.ld_chunk, 1}, o.v_long + source, o.ld, f.product, o.ld, false);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t query = o.rows[r].query * o.ld, short_key = o.rows[r].short_key * o.ld;
+    add_product(o.ld, f.grad_out + query, f.product + r * o.ld, f.keys.v_short + short_key);
+  }
   const int64_t target = (block.begin - o.long_begin) * o.ld;
   gemm<T>(keys, o.ld, block.rows, {f.grad_s, 1, o.ld_chunk}, o.a, o.ld, f.keys.k_long + target, o.ld, true);
   gemm<T>(keys, o.ld, block.rows, {f.prob, 1, o.ld_chunk}, f.b, o.ld, f.keys.v_long + target, o.ld, true);
@@ -352,26 +396,35 @@ KeyGrads<Acc<In>> backward_tile(const Problem<In>& p, const Tile& tile, Arena<Ac
   using T = Acc<In>;
   Operands<In> o(p, tile, arena);
   BackwardBuffers<In> f(o, arena);
-  KeyGrads<T>& keys = f.keys;
-  if (!f.prob) return keys;  // only the size of the buffers was asked for
-  const int64_t queries = tile.queries * p.group;
-  std::fill(f.grad_q, f.grad_q + queries * o.ld, T(0));
-  std::fill(keys.k_short, keys.k_short + keys.short_count * o.ld, T(0));
-  std::fill(keys.v_short, keys.v_short + keys.short_count * o.ld, T(0));
-  std::fill(keys.k_long, keys.k_long + keys.long_count * o.ld, T(0));
-  std::fill(keys.v_long, keys.v_long + keys.long_count * o.ld, T(0));
+  if (!f.prob) return f.keys;  // only the size of the buffers was asked for
   o.pack_short();
-  prepare_queries(o, f);
-  while (o.next_chunk()) {
+  pack_queries(o, f);
+  f.clear(o);
+  const auto next_chunk = [&] {
+    if (!o.next_chunk()) return false;
     o.pack_transposed(p.v_long, f.v_long_t);
     o.pack_long(p.k_long, f.k_long);
-    for_each_block(o, [&](const Block& block) { backward_block(o, block, f); });
+    return true;
+  };
+  // Where a block holds all pairs of its queries, their statistics come with it; else they take a pass of their own.
+  const bool whole = p.w_short * p.group <= kBlockRows && o.chunk == o.long_end - o.long_begin;
+  if (!whole) {
+    while (next_chunk())
+      for_each_block(o, [&](const Block& block) { add_statistics(o, block, probabilities(o, block, f), f); });
+    o.rewind();
   }
-  for (int64_t i = 0; i < queries; ++i) {
+  while (next_chunk())
+    for_each_block(o, [&](const Block& block) {
+      const int64_t width = probabilities(o, block, f);
+      if (whole) add_statistics(o, block, width, f);
+      softmax_backward(o, block, width, f);
+      add_gradients(o, block, f);
+    });
+  for (int64_t i = 0; i < tile.queries * p.group; ++i) {
     In* const grad_q = p.grad_q(tile.batch, tile.first_query + i / p.group, tile.kv_head * p.group + i % p.group);
     for (int64_t d = 0; d < p.D; ++d) grad_q[d] = In(T(p.scale) * f.grad_q[i * o.ld + d]);
   }
-  return keys;
+  return f.keys;
 }
 
 }  // namespace simplex::SIMPLEX_ISA
