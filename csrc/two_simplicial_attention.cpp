@@ -77,6 +77,7 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
 const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
 
 DType dtype_key(const Tensor& t) {
@@ -166,13 +167,18 @@ void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
           SIMPLEX_WINDOWS(l)});
 }
 
-// How many tiles a program of two_simplicial_bwd_dq walks: few enough for every multiprocessor to have work, and enough
-// tokens that its partial rows (tokens + w_short - 1) stay a small multiple of the tokens.
+// Enough programs for every multiprocessor of the largest GPU to hold several.
+constexpr int64_t kPrograms = 1024;
+
+// How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t + w_short
+// partial rows, so past kFreeBytes of them t is at least w_short / 8.
 int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
-  constexpr int64_t kPrograms = 1024, kMostRowsPerToken = 8;
-  const int64_t spread = num_tiles * l.p.B * l.p.Hkv / kPrograms;
+  constexpr int64_t kFreeBytes = 64 << 20, kMostRowsPerToken = 8;
+  const int64_t heads = l.p.B * l.p.Hkv;
+  const int64_t spread = std::max<int64_t>(num_tiles * heads / kPrograms, 1);
   const int64_t frugal = ceil_div(l.axes.w_short * l.p.group(), kMostRowsPerToken * block_m);
-  return std::min(std::max({spread, frugal, int64_t{1}}), num_tiles);
+  const int64_t bytes = ceil_div(num_tiles, spread) * heads * l.axes.w_short * l.p.D * 2 * sizeof(float);
+  return std::min(bytes > kFreeBytes ? std::max(spread, frugal) : spread, num_tiles);
 }
 
 void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
@@ -183,8 +189,9 @@ void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, cons
   const Tensor& grad_v_long = first_is_long ? grads.v1 : grads.v2;
   const Tensor& grad_k_short = first_is_long ? grads.k2 : grads.k1;
   const Tensor& grad_v_short = first_is_long ? grads.v2 : grads.v1;
-  // Where a query sees itself only, P is 1 whatever the logit.
-  const double grad_scale = l.axes.w_long == 1 && l.axes.w_short == 1 ? 0.0 : p.scale;
+  const auto partial = [&](int64_t programs, int64_t rows) {
+    return empty_like_device(lse, {programs, rows, p.D}, ScalarType::Float);
+  };
 
   const Kernel& dq = l.select(kBackwardQ);
   const int64_t block_m = dq["BLOCK_M"];
@@ -193,27 +200,39 @@ void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, cons
   const int64_t chunks = ceil_div(num_tiles, chunk_tiles);
   const int64_t chunk_span = ceil_div(chunk_tiles * block_m, p.group()) + l.axes.w_short;
   const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
-  const Tensor part_k = empty_like_device(lse, {p.B * p.Hkv * chunks, chunk_span, p.D}, ScalarType::Float);
-  const Tensor part_v = empty_like_device(lse, {p.B * p.Hkv * chunks, chunk_span, p.D}, ScalarType::Float);
-
-  launch(dq, l.device, l.stream, l.grid(chunks),
-         {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out),
-          ptr("grad_lse_ptr", grad_lse ? *grad_lse : lse), ptr("grad_q_ptr", grads.q), ptr("delta_ptr", delta),
-          ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l),
-          SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l), f32("grad_scale", grad_scale),
-          i32("has_grad_lse", grad_lse.has_value()), i32("chunk_tiles", chunk_tiles), i32("chunk_span", chunk_span)});
-
-  const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
-  launch(merge, l.device, l.stream, l.grid(ceil_div(p.Nk, merge["BLOCK_N"])),
-         {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_short),
-          ptr("grad_v_ptr", grad_v_short), SIMPLEX_SIZES(l), i32("w_short", l.axes.w_short),
-          f32("grad_scale", grad_scale), i32("chunk_rows", chunk_tiles * block_m), i32("chunk_span", chunk_span)});
+  {
+    const Tensor part_k = partial(p.B * p.Hkv * chunks, chunk_span), part_v = partial(p.B * p.Hkv * chunks, chunk_span);
+    launch(dq, l.device, l.stream, l.grid(chunks),
+           {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out),
+            ptr("grad_lse_ptr", grad_lse ? *grad_lse : lse), ptr("grad_q_ptr", grads.q), ptr("delta_ptr", delta),
+            ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l),
+            SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l),
+            i32("has_grad_lse", grad_lse.has_value()), i32("chunk_tiles", chunk_tiles), i32("chunk_span", chunk_span)});
+    const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
+    launch(merge, l.device, l.stream, l.grid(ceil_div(p.Nk, merge["BLOCK_N"])),
+           {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_short),
+            ptr("grad_v_ptr", grad_v_short), SIMPLEX_SIZES(l), i32("w_short", l.axes.w_short), f32("scale", p.scale),
+            i32("chunk_rows", chunk_tiles * block_m), i32("chunk_span", chunk_span)});
+  }
 
   const Kernel& dkv = l.select(kBackwardKV);
-  launch(dkv, l.device, l.stream, l.grid(ceil_div(p.Nk, dkv["BLOCK_N"])),
+  const int64_t block_n = dkv["BLOCK_N"];
+  const int64_t blocks = ceil_div(p.Nk, block_n);
+  const int64_t most_tiles = ceil_div(std::min(l.axes.w_long + block_n, p.Nq) * p.group(), dkv["BLOCK_M"]);
+  const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, most_tiles);
+  const int64_t parts = splits > 1 ? p.B * p.Hkv * blocks * splits : 0;
+  const Tensor part_k = partial(parts, block_n), part_v = partial(parts, block_n);
+  launch(dkv, l.device, l.stream, l.grid(blocks * splits),
          {SIMPLEX_INPUTS(l), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out), ptr("delta_ptr", delta),
-          ptr("grad_k_ptr", grad_k_long), ptr("grad_v_ptr", grad_v_long), SIMPLEX_INPUT_STRIDES(l),
-          SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l), f32("grad_scale", grad_scale)});
+          ptr("grad_k_ptr", grad_k_long), ptr("grad_v_ptr", grad_v_long), ptr("part_k_ptr", part_k),
+          ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l), SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l),
+          SIMPLEX_WINDOWS(l), i32("num_splits", splits)});
+  if (splits == 1) return;
+  const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
+  launch(sum, l.device, l.stream, l.grid(ceil_div(p.Nk, sum["BLOCK_N"])),
+         {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_long),
+          ptr("grad_v_ptr", grad_v_long), i32("num_keys", p.Nk), i32("kv_heads", p.Hkv), i32("head_dim", p.D),
+          f32("scale", p.scale), i32("num_splits", splits), i32("block_keys", block_n)});
 }
 
 // ---- The op

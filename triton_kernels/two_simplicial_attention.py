@@ -11,7 +11,7 @@ of BLOCK_M), where the short row is the same for every row of the tile and is lo
 
 The backward pass recomputes P from lse in two kernels without atomics. `two_simplicial_bwd_dq` walks query tiles: dq, and
 the short gradients summed into a private buffer per chunk of tiles, which `two_simplicial_bwd_merge` adds up in a fixed
-order. `two_simplicial_bwd_dkv` walks tiles of the long axis.
+order. `two_simplicial_bwd_dkv` walks tiles of the long axis. The result does not depend on timing.
 """
 
 import itertools
@@ -46,6 +46,13 @@ def _short_rows(pos, first_pos, ONE_TOKEN: tl.constexpr):
 @triton.jit
 def _row_ptrs(ptr, row, stride, d):
     return ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+
+
+@triton.jit
+def _sees_one_pair(pos, w_long, w_short):
+    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta is made to hold (negated) instead of rounding
+    errors. Such rows are only ever in masked tiles."""
+    return (pos == 0) | (w_long + w_short == 2)
 
 
 @triton.jit
@@ -129,7 +136,7 @@ def two_simplicial_bwd_dq(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", grad_scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
     HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dq, delta, and this chunk's partial sums of dk_short and dv_short.
@@ -174,7 +181,8 @@ def two_simplicial_bwd_dq(
         out_row = (batch * num_queries + token) * kv_heads * group + kv_head * group + head
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         out = tl.load(_row_ptrs(out_ptr, out_row, head_dim, d), mask=row_mask, other=0.0)
-        delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+        single = _sees_one_pair(pos, w_long, w_short)
+        delta = tl.where(single, 0.0, tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1))
         if has_grad_lse != 0:
             delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
         tl.store(delta_ptr + lse_row, delta, mask=row_ok)
@@ -201,8 +209,7 @@ def two_simplicial_bwd_dq(
                 if (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long) | (offset > first_pos):
                     valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
                     p = tl.where(valid, p, 0.0)
-                    # Position 0 sees one pair: its P is 1 whatever the logit, so its score gradients are exactly 0.
-                    ds = tl.where(valid & (pos[:, None] > 0), ds, 0.0)
+                    ds = tl.where(valid, tl.where(single[:, None], -delta[:, None], ds), 0.0)
                 ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
                 p_v = tl.dot(p.to(v.dtype), v, p_v, input_precision="tf32x3")
             grad_q += k_short.to(tl.float32) * ds_k
@@ -222,14 +229,14 @@ def two_simplicial_bwd_dq(
                     tl.store(part_k_ptrs, tl.load(part_k_ptrs, mask=mask, other=0.0) + row_dk, mask=mask)
                     tl.store(part_v_ptrs, tl.load(part_v_ptrs, mask=mask, other=0.0) + row_dv, mask=mask)
                     tl.debug_barrier()
-        tl.store(_row_ptrs(grad_q_ptr, out_row, head_dim, d), (grad_q * grad_scale).to(q.dtype), mask=row_mask)
+        tl.store(_row_ptrs(grad_q_ptr, out_row, head_dim, d), (grad_q * scale).to(q.dtype), mask=row_mask)
 
 
 @triton.jit
 def two_simplicial_bwd_merge(
     part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_short: "i32", grad_scale: "fp32", chunk_rows: "i32", chunk_span: "i32",
+    w_short: "i32", scale: "fp32", chunk_rows: "i32", chunk_span: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk_short and dv_short: the chunks' partial rows, added in the order of the chunks."""
@@ -259,7 +266,7 @@ def two_simplicial_bwd_merge(
     batch = batch_head // kv_heads
     row = (batch * num_keys + n) * kv_heads + batch_head % kv_heads
     mask = (n < num_keys)[:, None] & d_ok
-    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * grad_scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
+    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
     tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
 
 
@@ -267,6 +274,7 @@ def two_simplicial_bwd_merge(
 def two_simplicial_bwd_dkv(
     q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
     lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", delta_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
+    part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
     stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
     stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
@@ -274,14 +282,20 @@ def two_simplicial_bwd_dkv(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", grad_scale: "fp32",
+    w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32",
     HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dk_long and dv_long of BLOCK_N keys: every row that sees one of them, at every offset, transposed."""
+    """dk_long and dv_long of BLOCK_N keys: every row that sees one of them, at every offset, transposed.
+
+    Where the blocks of keys are too few to fill the GPU, num_splits programs share the rows of a block and leave fp32
+    partial sums for two_simplicial_bwd_sum.
+    """
     num_rows = num_queries * group
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
-    batch_head = tl.program_id(0) // num_blocks
+    split = tl.program_id(0) % num_splits
+    block = tl.program_id(0) // num_splits % num_blocks
+    batch_head = tl.program_id(0) // num_splits // num_blocks
     batch = (batch_head // kv_heads).to(tl.int64)
     kv_head = (batch_head % kv_heads).to(tl.int64)
     k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
@@ -291,7 +305,7 @@ def two_simplicial_bwd_dkv(
 
     d = tl.arange(0, HEAD_DIM)
     d_ok = (d < head_dim)[None, :]
-    first_n = tl.program_id(0) % num_blocks * BLOCK_N
+    first_n = block * BLOCK_N
     last_n = tl.minimum(first_n + BLOCK_N, num_keys) - 1
     n = first_n + tl.arange(0, BLOCK_N)
     n_mask = (n < num_keys)[:, None] & d_ok
@@ -304,7 +318,9 @@ def two_simplicial_bwd_dkv(
     begin = tl.maximum(first_n - past, 0) * group
     # min before the sum: last_n + w_long may pass 2^31
     end = (last_n - past + 1 + tl.minimum(w_long - 1, num_keys - 1 - last_n)) * group
-    for first_row in range(begin, end, BLOCK_M):
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_M), num_splits) * BLOCK_M
+    begin += split * share
+    for first_row in range(begin, tl.minimum(end, begin + share), BLOCK_M):
         token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
         row_mask = row_ok[:, None] & d_ok
         q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
@@ -327,35 +343,66 @@ def two_simplicial_bwd_dkv(
             if at_edge | (offset > first_pos):
                 valid = (n[:, None] <= pos[None, :]) & (n[:, None] > pos[None, :] - w_long) & (pos[None, :] >= offset)
                 p_t = tl.where(valid, p_t, 0.0)
-                ds_t = tl.where(valid & (pos[None, :] > 0), ds_t, 0.0)
+                single = _sees_one_pair(pos, w_long, w_short)
+                ds_t = tl.where(valid, tl.where(single[None, :], -delta[None, :], ds_t), 0.0)
             grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision="tf32x3")
             grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision="tf32x3")
 
+    if num_splits > 1:
+        part_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(_row_ptrs(part_k_ptr, part_row, head_dim, d), grad_k, mask=n_mask)
+        tl.store(_row_ptrs(part_v_ptr, part_row, head_dim, d), grad_v, mask=n_mask)
+        return
     row = (batch * num_keys + n) * kv_heads + kv_head
-    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * grad_scale).to(q_ptr.dtype.element_ty), mask=n_mask)
+    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(q_ptr.dtype.element_ty), mask=n_mask)
     tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(q_ptr.dtype.element_ty), mask=n_mask)
 
 
 
-# Measured on an H100 (docs/kernels.md: what else was tried). 16-bit head dims up to 128, else the tile shrinks with the
-# bytes of a row; every tile fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
-def _tile(kernel, dtype: str, head_dim: int, one_token: bool) -> dict[str, int]:
-    row_bytes = head_dim * (4 if dtype == "fp32" else 2)
-    shrink = max(1, row_bytes // 256)
-    if kernel is two_simplicial_fwd:
-        block_m, block_n, warps, stages = 64, 128, 4, 1
-    elif kernel is two_simplicial_bwd_dkv:
-        block_m, block_n, warps, stages = 32, 64, 4, 1
-    elif one_token:
-        block_m, block_n, warps, stages = 64, 32, 4, 2
+@triton.jit
+def two_simplicial_bwd_sum(
+    part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
+    num_keys: "i32", kv_heads: "i32", head_dim: "i32:8", scale: "fp32", num_splits: "i32", block_keys: "i32",
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk_long and dv_long: the splits' partial sums of two_simplicial_bwd_dkv (blocks of block_keys), added in order."""
+    num_programs = tl.cdiv(num_keys, BLOCK_N)
+    num_blocks = tl.cdiv(num_keys, block_keys)
+    batch_head = (tl.program_id(0) // num_programs).to(tl.int64)
+    n = tl.program_id(0) % num_programs * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    mask = (n < num_keys)[:, None] & (d < head_dim)[None, :]
+    first_part = (batch_head * num_blocks + n // block_keys) * num_splits
+    grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for split in range(0, num_splits):
+        part_row = (first_part + split) * block_keys + n % block_keys
+        grad_k += tl.load(_row_ptrs(part_k_ptr, part_row, head_dim, d), mask=mask, other=0.0)
+        grad_v += tl.load(_row_ptrs(part_v_ptr, part_row, head_dim, d), mask=mask, other=0.0)
+    row = (batch_head // kv_heads * num_keys + n) * kv_heads + batch_head % kv_heads
+    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
+    tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
+
+
+# Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
+# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. fp32 products are three tf32 ones, with operands
+# and code to match.
+def _tile(kernel, arch: str, dtype: str, head_dim: int, one_token: int) -> dict[str, int]:
+    mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
+    if dtype == "fp32":
+        tiles = {
+            two_simplicial_fwd: (32, min(64, 4096 // head_dim), 4, 1),
+            two_simplicial_bwd_dq: (16, min(32, 4096 // head_dim), 8 if head_dim == 256 else 4, 1),
+            two_simplicial_bwd_dkv: (16, min(32, 4096 // head_dim), 8, 1),
+        }
     else:
-        block_m, block_n, warps, stages = 64, 64, 8, 1
-    return {
-        "BLOCK_M": max(16, block_m // shrink),
-        "BLOCK_N": max(16, block_n // shrink),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+        halve = 2 if head_dim == 256 else 1
+        tiles = {
+            two_simplicial_fwd: (64 // halve, 128 // halve, 8 if mma_sync else 4, 1),
+            two_simplicial_bwd_dq: (64 // halve, 32, 4, 2) if one_token else (64 // halve, 64 // halve, 8, 1),
+            two_simplicial_bwd_dkv: (32 // halve, 64 // halve, 4, 2 if mma_sync else 1),
+        }
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[kernel], strict=True))
 
 
 def _variants() -> list[Variant]:
@@ -367,9 +414,10 @@ def _variants() -> list[Variant]:
         for kernel in (two_simplicial_fwd, two_simplicial_bwd_dq, two_simplicial_bwd_dkv):
             for one_token in (0, 1) if one_token_too else (0,):
                 key = {"dtype": dtype, "HEAD_DIM": head_dim, "ONE_TOKEN": one_token}
-                table.append(Variant(kernel, arch, key, _tile(kernel, dtype, head_dim, bool(one_token))))
+                table.append(Variant(kernel, arch, key, _tile(kernel, arch, dtype, head_dim, one_token)))
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
-        table.append(Variant(two_simplicial_bwd_merge, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+        for kernel in (two_simplicial_bwd_merge, two_simplicial_bwd_sum):
+            table.append(Variant(kernel, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
     return table
 
 

@@ -1,0 +1,81 @@
+"""Runs the Triton kernels of 2-simplicial attention in Triton's interpreter and prints their errors as JSON.
+
+A program of its own, started by test_kernels.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
+"""
+
+import json
+import sys
+
+import torch
+from problem import draw, evaluate
+from reference import two_simplicial_attention as reference
+
+from triton_kernels import two_simplicial_attention as kernels
+
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16}
+
+
+def strides(**tensors):
+    return {f"stride_{name}{d}": t.stride(i) for name, t in tensors.items() for i, d in enumerate("bnh")}
+
+
+def run(problem, head_dim, one_token, chunk_tiles, num_splits):
+    """out, lse and the gradients, by the launches that csrc/two_simplicial_attention.cpp makes."""
+    q, k_long, k_short, v_long, v_short = problem.inputs
+    (batch, n_q, heads, dim), (_, n_k, kv_heads, _) = q.shape, k_long.shape
+    group, w_long, w_short = heads // kv_heads, min(problem.w1, n_k), min(problem.w2, n_k)
+    sizes = dict(num_queries=n_q, num_keys=n_k, kv_heads=kv_heads, group=group, head_dim=dim)
+    scale = dim**-0.5 if problem.scale is None else problem.scale
+    shared = sizes | dict(q_ptr=q, k_long_ptr=k_long, v_long_ptr=v_long, k_short_ptr=k_short, v_short_ptr=v_short,
+                          w_long=w_long, w_short=w_short, scale=scale)  # fmt: skip
+    shared |= strides(q=q, kl=k_long, vl=v_long, ks=k_short, vs=v_short)
+    constants = dict(HEAD_DIM=head_dim, ONE_TOKEN=one_token, **TILE)
+    tiles, blocks, bh = -(-n_q * group // 16), -(-n_k // 16), batch * kv_heads
+
+    def nan(*shape, dtype=torch.float32):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    out, lse = torch.full_like(q, float("nan")).contiguous(), nan(batch, heads, n_q)
+    kernels.two_simplicial_fwd[(tiles * bh,)](out_ptr=out, lse_ptr=lse, **shared, **constants)
+
+    grad_out, grad_lse = problem.grad_out, problem.grad_lse
+    chunks, span = -(-tiles // chunk_tiles), -(-chunk_tiles * 16 // group) + w_short
+    part_k, part_v, delta = nan(bh * chunks, span, dim), nan(bh * chunks, span, dim), nan(batch, heads, n_q)
+    grads = [torch.full(x.shape, float("nan"), dtype=x.dtype) for x in problem.inputs]
+    kernels.two_simplicial_bwd_dq[(chunks * bh,)](
+        out_ptr=out, lse_ptr=lse, grad_out_ptr=grad_out, grad_lse_ptr=lse if grad_lse is None else grad_lse,
+        has_grad_lse=int(grad_lse is not None), grad_q_ptr=grads[0], delta_ptr=delta, part_k_ptr=part_k, part_v_ptr=part_v,
+        chunk_tiles=chunk_tiles, chunk_span=span, **shared, **strides(g=grad_out), **constants,
+    )  # fmt: skip
+    kernels.two_simplicial_bwd_merge[(blocks * bh,)](
+        part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[2], grad_v_ptr=grads[4], w_short=w_short, scale=scale,
+        chunk_rows=chunk_tiles * 16, chunk_span=span, HEAD_DIM=head_dim, BLOCK_N=16, **sizes,
+    )  # fmt: skip
+    part_k, part_v = nan(bh * blocks * num_splits, 16, dim), nan(bh * blocks * num_splits, 16, dim)
+    kernels.two_simplicial_bwd_dkv[(blocks * num_splits * bh,)](
+        lse_ptr=lse, grad_out_ptr=grad_out, delta_ptr=delta, grad_k_ptr=grads[1], grad_v_ptr=grads[3],
+        part_k_ptr=part_k, part_v_ptr=part_v, num_splits=num_splits, **shared, **strides(g=grad_out), **constants,
+    )  # fmt: skip
+    if num_splits > 1:
+        kernels.two_simplicial_bwd_sum[(-(-n_k // 8) * bh,)](
+            part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[1], grad_v_ptr=grads[3], num_keys=n_k,
+            kv_heads=kv_heads, head_dim=dim, scale=scale, num_splits=num_splits, block_keys=16, HEAD_DIM=head_dim, BLOCK_N=8,
+        )  # fmt: skip
+    return [out, lse, *grads]
+
+
+def main(case):
+    torch.manual_seed(7)
+    how = {name: case.pop(name) for name in ("head_dim", "one_token", "chunk_tiles", "num_splits")}
+    case["dtype"] = getattr(torch, case["dtype"])
+    problem = draw(**case)
+    names = ["out", "lse", *(f"grad_{x}" for x in ("q", "k1", "k2", "v1", "v2"))]
+    truth = evaluate(reference, problem, torch.float64)
+    errors = {}
+    for name, actual in zip(names, run(problem, **how), strict=True):
+        errors[name] = ((actual.double() - truth[name]).norm() / (truth[name].norm() + 1e-30)).item()
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

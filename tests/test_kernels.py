@@ -1,0 +1,94 @@
+"""The Triton kernels without a GPU: their arithmetic in Triton's interpreter, and what was compiled of them."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import simplex_ops
+
+ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+# Shared memory of one block on 8.6, 8.9 and 12.0, the smallest of the GPUs that run the sm80 and sm120f cubins.
+SMALLEST_SHARED = 99 << 10
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])} | more
+
+
+CASES = {
+    "one token a tile": dict(n_k=9, ratio=32, w1=5, w2=3, one_token=1, chunk_tiles=3),
+    "odd ratio": dict(n_k=19, kv_heads=2, ratio=3, w1=9, w2=4, chunk_tiles=2),
+    "MHA, split": dict(n_k=40, kv_heads=2, ratio=1, w1=20, w2=5, batch=1, num_splits=3),
+    "fewer queries": dict(n_q=5, n_k=33, ratio=5, w1=30, w2=30, num_splits=2),
+    "group over a tile": dict(n_k=6, ratio=20, w1=6, w2=2, batch=1),
+    "one pair": dict(n_k=18, ratio=2, w1=1, w2=1, batch=1),
+    "padded head_dim, negative scale": dict(n_k=20, ratio=4, dim=8, w1=7, w2=7, scale=-0.6),
+    "zero scale": dict(n_k=17, ratio=2, w1=16, w2=3, scale=0.0, grad_lse=False),
+    "fp16": dict(n_k=20, ratio=8, w1=12, w2=3, dtype="float16"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arithmetic_in_the_interpreter(name):
+    """Out, lse and all gradients of the kernel bodies against the fp64 truth; memory starts as NaN."""
+    case = dict(one_token=0, chunk_tiles=1, num_splits=1, head_dim=16, dtype="float32") | CASES[name]
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "interpreted_kernels.py"), json.dumps(case)],
+        env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    allowed = 2e-3 if case["dtype"] == "float16" else 2e-6
+    for output, error in json.loads(done.stdout.splitlines()[-1]).items():
+        assert error < allowed, f"{output}: relative error {error:.1e}"  # NaN fails too
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    return json.loads((Path(simplex_ops.__file__).parent / "manifest.json").read_text())
+
+
+def test_every_arch_has_the_same_keys(manifest):
+    keys = {}
+    for row in manifest["kernels"]:
+        keys.setdefault(row["arch"], set()).add((row["family"], json.dumps(row["key"])))
+    assert len(set(map(frozenset, keys.values()))) == 1
+    if not os.environ.get("SIMPLEX_ARCHS"):
+        assert set(keys) == {"sm80", "sm90a", "sm100f", "sm120f"}
+
+
+def test_small_gpus_have_the_shared_memory(manifest):
+    too_large = {r["name"]: r["shared"] for r in manifest["kernels"] if r["arch"] in ("sm80", "sm120f")}
+    assert {name: shared for name, shared in too_large.items() if shared > SMALLEST_SHARED} == {}
+
+
+def test_cubins_are_reproducible(manifest, tmp_path):
+    """Built again, from a copy of the sources in another folder, a cubin has the bits that were shipped."""
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run(["cp", "-r", str(ROOT / "triton_kernels"), str(tmp_path / "elsewhere")], check=True)
+    script = """
+import hashlib, sys, pathlib
+from triton_kernels import build
+build.configure_triton(pathlib.Path(sys.argv[1]))
+for variant in build.all_variants():
+    if variant.name in sys.argv[2:]:
+        print(variant.name, hashlib.sha256(build.compile_variant(variant)[0]).hexdigest())
+"""
+    families = {row["family"]: row for row in manifest["kernels"] if row["key"]["HEAD_DIM"] == 32}
+    command = [sys.executable, "-c", script, str(tmp_path / "cache"), *(row["name"] for row in families.values())]
+    env = environment(PYTHONPATH=str(tmp_path / "elsewhere"))
+    built = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+    assert dict(zip(built[::2], built[1::2], strict=True)) == {r["name"]: r["sha256"] for r in families.values()}
+
+
+def test_manifest_describes_the_cubins_built():
+    folder = ROOT / "build" / "kernels"
+    if not folder.exists():
+        pytest.skip("the wheel was built elsewhere: its cubins are inside _C.so only")
+    for row in json.loads((folder / "manifest.json").read_text())["kernels"]:
+        assert hashlib.sha256((folder / f"{row['name']}.cubin").read_bytes()).hexdigest() == row["sha256"], row["name"]
