@@ -16,13 +16,13 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -38,14 +38,15 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// shared_ptr up to torch 2.11, intrusive_ptr from 2.13 on.
+// shared_ptr in torch 2.11, intrusive_ptr in 2.13.
 using NodePtr = decltype(Edge::function);
 
 template <class T, class... Args>
 std::pair<T*, NodePtr> make_node(Args&&... args) {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
     T* node = new T(std::forward<Args>(args)...);
-    // torch's own deleter, which frees a deep graph without recursion. Only those torches have it: found at instantiation.
+    // torch's own deleter, which frees a deep graph without recursion. Only those torches have it: found at
+    // instantiation.
     return {node, NodePtr(node, [](auto* self) { deleteNode(self); })};
   } else {
     auto owner = c10::make_intrusive<T>(std::forward<Args>(args)...);
@@ -54,9 +55,7 @@ std::pair<T*, NodePtr> make_node(Args&&... args) {
   }
 }
 
-bool is_tensor(const Argument& argument) {
-  return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
-}
+bool is_tensor(const Argument& argument) { return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
 
 std::optional<size_t> find(const std::vector<Argument>& arguments, const std::string& name) {
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -75,9 +74,9 @@ struct Rule {
   };
 
   OperatorHandle backward;
-  std::vector<Source> arguments;        // one per argument of X_backward
-  std::vector<size_t> grad_of;          // per return of X_backward: the input of X that it belongs to
-  std::vector<size_t> differentiable;   // outputs of X, ascending; the node's inputs in this order
+  std::vector<Source> arguments;       // one per argument of X_backward
+  std::vector<size_t> grad_of;         // per return of X_backward: the input of X that it belongs to
+  std::vector<size_t> differentiable;  // outputs of X, ascending; the node's inputs in this order
   size_t num_inputs, num_outputs;
 
   Rule(const OperatorHandle& forward, const OperatorHandle& backward) : backward(backward) {
@@ -122,9 +121,10 @@ class Backward : public Node {
  public:
   Backward(const Rule& rule, edge_list edges) : Node(std::move(edges)), rule_(rule) {
     tensors_.reserve(rule.arguments.size());
+    values_.reserve(rule.arguments.size());
   }
 
-  std::string name() const override { return rule_.backward.schema().operator_name().name.substr(9); }
+  std::string name() const override { return rule_.backward.schema().name().substr(sizeof("simplex::") - 1); }
 
   void save_inputs(c10::ArrayRef<IValue> inputs) {
     for (const Rule::Source& source : rule_.arguments) {
@@ -140,7 +140,8 @@ class Backward : public Node {
   // After set_history: an output refers back to this node, and SavedVariable must see that to avoid a cycle.
   void save_outputs(c10::ArrayRef<IValue> outputs) {
     for (const Rule::Source& source : rule_.arguments) {
-      if (source.from == Rule::From::Output) outputs_.emplace_back(outputs[source.index].toTensor(), /*is_output=*/true);
+      if (source.from == Rule::From::Output)
+        outputs_.emplace_back(outputs[source.index].toTensor(), /*is_output=*/true);
     }
   }
 
@@ -162,25 +163,6 @@ class Backward : public Node {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& saved : tensors_) saved.reset_data();
     for (SavedVariable& saved : outputs_) saved.reset_data();
-  }
-
-  // Compiled autograd: what the trace depends on, and the same apply() under the tracer's stand-ins.
-  void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
-    args.collect(name());
-    args.collect(tensors_, /*is_output=*/false);
-    args.collect(outputs_, /*is_output=*/true);
-    args.collect(values_);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads, torch::autograd::SwapSavedVariables& saved) override {
-    saved.before(tensors_);
-    saved.before(outputs_);
-    saved.before(values_);
-    variable_list results = apply(variable_list(grads));
-    saved.after(tensors_);
-    saved.after(outputs_);
-    saved.after(values_);
-    return results;
   }
 
  private:
@@ -316,8 +298,8 @@ struct Binding {
 
   template <class Kernel, class... Args>
   static void implement(Library& library, const std::string& op, Args&&... args) {
-    library.impl(op.c_str(), torch::CppFunction::makeFromBoxedFunctor(
-                                 std::make_unique<Kernel>(std::forward<Args>(args)...)));
+    library.impl(op.c_str(),
+                 torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(std::forward<Args>(args)...)));
   }
 
   Binding() {

@@ -59,7 +59,7 @@ def two_simplicial_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal 2-simplicial attention with a sliding window on each of its two key axes (arXiv 2507.02754, 4 and 6).
+    r"""Causal 2-simplicial attention, with a sliding window on each key axis (arXiv 2507.02754, sections 4 and 6).
 
     Where attention scores a query against a key by their dot product, 2-simplicial attention scores it against a *pair*
     of keys by a trilinear product, and mixes the elementwise products of their values. With i the position of a query::
@@ -89,6 +89,7 @@ def two_simplicial_attention(
 
     Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
     256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype.
+    TorchScript takes `torch.ops.simplex.two_simplicial_attention` itself: (q, k1, k2, v1, v2, w1, w2, scale) -> (out, lse).
 
     Returns:
         out, like q; with return_lse the tuple (out, lse), lse [batch, heads, q_length] in float32 (float64 for float64
