@@ -1,8 +1,8 @@
 // Vector arithmetic and a register-blocked matrix product for the CPU.
 //
-// No include guard: this file is compiled once per instruction set. Before each inclusion define SIMPLEX_ISA (the namespace
-// to put the code in) and SIMPLEX_VECTOR_BYTES. GCC cannot clone templates for several targets, and the right register
-// block differs between targets, so `target_clones` would serve neither need.
+// No include guard: this file is compiled once per instruction set. Before each inclusion define SIMPLEX_ISA (the
+// namespace to put the code in) and SIMPLEX_VECTOR_BYTES. GCC cannot clone templates for several targets, and the right
+// register block differs between targets, so `target_clones` would serve neither need.
 
 namespace simplex::SIMPLEX_ISA {
 
@@ -51,8 +51,8 @@ SIMPLEX_INLINE T maximum(Vec<T> x) {
   return largest;
 }
 
-// What exp_small needs: ln 2 in two parts, whose first has few enough bits that n * high is exact, and a polynomial for e^r on
-// [-ln(2)/2, ln(2)/2] interpolated at Chebyshev nodes (relative error 2.6e-9 and 5e-18).
+// What exp_small needs: ln 2 in two parts, whose first has few enough bits that n * high is exact, and a polynomial for
+// e^r on [-ln(2)/2, ln(2)/2] interpolated at Chebyshev nodes (relative error 2.6e-9 and 5e-18).
 template <class T>
 struct ExpConstants;
 template <>
@@ -114,10 +114,11 @@ constexpr int kBlockM = 8;
 constexpr int kBlockM = SIMPLEX_VECTOR_BYTES == 64 ? 8 : 6;
 #endif
 
-// C[M x N*lanes] = A[M x depth] B, or += where accumulate. The sum is added to C at the end and not continued from C: many
-// short sums lose fewer bits than a long one.
+// C[M x N*lanes] = A[M x depth] B, or += where accumulate. The sum is added to C at the end and not continued from C:
+// many short sums lose fewer bits than a long one.
 template <int M, int N, class T>
-SIMPLEX_INLINE void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+SIMPLEX_INLINE void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+                               bool accumulate) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   Vec<T> acc[M][N];
 #pragma GCC unroll 8
@@ -144,8 +145,8 @@ SIMPLEX_INLINE void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t 
     }
 }
 
-// All rows of one column panel, so that the panel of B stays in the first-level cache. A function of its own for every M
-// keeps the accumulators of the remainder in registers, too.
+// All rows of one column panel, so that the panel of B stays in the first-level cache. A function of its own for every
+// M keeps the accumulators of the remainder in registers, too.
 template <int N, class T, int M = kBlockM>
 void gemm_panel(int64_t m, int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
   for (; m >= M; m -= M, a.data += M * a.row, c += M * ldc) gemm_block<M, N>(depth, a, b, ldb, c, ldc, accumulate);
@@ -154,10 +155,11 @@ void gemm_panel(int64_t m, int64_t depth, Strided<T> a, const T* b, int64_t ldb,
   }
 }
 
-// C[m x n] = A[m x depth] B[depth x n], or += where accumulate. n is a multiple of the vector length; B's and C's rows are
-// contiguous.
+// C[m x n] = A[m x depth] B[depth x n], or += where accumulate. n is a multiple of the vector length; B's and C's rows
+// are contiguous.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+          bool accumulate) {
   constexpr int64_t kLanes = Simd<T>::kLanes, kDepth = 64;
   for (int64_t k = 0; k < depth; k += kDepth, a.data += kDepth * a.column, b += kDepth * ldb, accumulate = true) {
     const int64_t terms = std::min(kDepth, depth - k);

@@ -1,5 +1,5 @@
-// 2-simplicial attention on the CPU: splits a problem into tiles, runs them on torch's threads with the widest vectors the
-// machine has, and adds up what tiles share. two_simplicial_attention_tile.h computes one tile.
+// 2-simplicial attention on the CPU: splits a problem into tiles, runs them on torch's threads with the widest vectors
+// the machine has, and adds up what tiles share. two_simplicial_attention_tile.h computes one tile.
 #include "two_simplicial_attention_cpu.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -58,21 +58,24 @@ TileFunctions<In> tile_functions() {
 }
 
 template <class T>
-cpu::Rows<T> rows(const Tensor& t) {
-  // The pointer's constness follows T; a tensor that is only read must not be marked as written.
-  return {static_cast<T*>(const_cast<void*>(std::is_const_v<T> ? t.const_data_ptr() : t.mutable_data_ptr())), t.stride(0),
-          t.stride(1), t.stride(2)};
+cpu::Rows<const T> rows(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <class T>
+cpu::Rows<T> mutable_rows(const Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 template <class In>
 Problem<In> make_problem(const TwoSimplicialAttention& p) {
   Problem<In> problem{};
   const bool swap = p.w1 > p.w2;
-  problem.q = rows<const In>(p.q);
-  problem.k_short = rows<const In>(swap ? p.k2 : p.k1);
-  problem.v_short = rows<const In>(swap ? p.v2 : p.v1);
-  problem.k_long = rows<const In>(swap ? p.k1 : p.k2);
-  problem.v_long = rows<const In>(swap ? p.v1 : p.v2);
+  problem.q = rows<In>(p.q);
+  problem.k_short = rows<In>(swap ? p.k2 : p.k1);
+  problem.v_short = rows<In>(swap ? p.v2 : p.v1);
+  problem.k_long = rows<In>(swap ? p.k1 : p.k2);
+  problem.v_long = rows<In>(swap ? p.v1 : p.v2);
   problem.Nq = p.Nq;
   problem.Nk = p.Nk;
   problem.Hq = p.Hq;
@@ -84,8 +87,8 @@ Problem<In> make_problem(const TwoSimplicialAttention& p) {
   return problem;
 }
 
-// The tiles of a problem, in an order in which the tiles of one (batch, kv head) ascend. Their shape must not depend on the
-// number of threads, because the order of additions, and so the last bits of the result, depends on it.
+// The tiles of a problem, in an order in which the tiles of one (batch, kv head) ascend. Their shape must not depend on
+// the number of threads, because the order of additions, and so the last bits of the result, depends on it.
 struct Tiling {
   int64_t heads, kv_heads, tiles, queries, Nq;
 
@@ -135,7 +138,7 @@ void run_tiles(int64_t tasks, int64_t arena_size, Work work) {
 template <class In>
 void forward(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   Problem<In> problem = make_problem<In>(p);
-  problem.out = rows<In>(out);
+  problem.out = mutable_rows<In>(out);
   problem.lse = static_cast<Acc<In>*>(lse.mutable_data_ptr());
   const Tiling tiling(p);
   const auto tile = tile_functions<In>().forward;
@@ -153,18 +156,18 @@ void add_rows(int64_t begin, int64_t count, const T* from, int64_t D, int64_t le
   }
 }
 
-// Neighbouring tiles add to the same keys. Each keeps its share to itself and adds it when its predecessor has done so: the
-// result is the same for any number of threads, and memory does not grow with the number of tiles. A thread never waits for
-// a task that nobody has begun, since tasks are taken in ascending order.
+// Neighbouring tiles add to the same keys. Each keeps its share to itself and adds it when its predecessor has done so:
+// the result is the same for any number of threads, and memory does not grow with the number of tiles. A thread never
+// waits for a task that nobody has begun, since tasks are taken in ascending order.
 template <class In>
 void backward(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
               const Tensor& lse, TwoSimplicialGrads& grads) {
   using T = Acc<In>;
   Problem<In> problem = make_problem<In>(p);
-  problem.grad_out = rows<const In>(grad_out);
+  problem.grad_out = rows<In>(grad_out);
   problem.saved_lse = static_cast<const T*>(lse.const_data_ptr());
   problem.grad_lse = grad_lse ? static_cast<const T*>(grad_lse->const_data_ptr()) : nullptr;
-  problem.grad_q = rows<In>(grads.q);
+  problem.grad_q = mutable_rows<In>(grads.q);
 
   const bool swap = p.w1 > p.w2;
   const std::array<Tensor*, 4> targets = {swap ? &grads.k2 : &grads.k1, swap ? &grads.v2 : &grads.v1,

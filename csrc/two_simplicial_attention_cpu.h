@@ -26,7 +26,8 @@ struct Rows {
 };
 
 // The trilinear form is symmetric under (k1, v1, w1) <-> (k2, v2, w2), so the axes are named by what the code does with
-// them: the keys of the short window multiply the query elementwise, those of the long window enter the matrix products.
+// them: the keys of the short window multiply the query elementwise, those of the long window enter the matrix
+// products.
 template <class In>
 struct Problem {
   using T = Acc<In>;
@@ -35,12 +36,12 @@ struct Problem {
   int64_t w_short, w_long;
   double scale;
 
-  Rows<In> out;               // forward: written
-  T* lse;                     // forward: written, [B, Hq, Nq]
-  Rows<const In> grad_out;    // backward: read, as the next two
+  Rows<In> out;             // forward: written
+  T* lse;                   // forward: written, [B, Hq, Nq]
+  Rows<const In> grad_out;  // backward: read, as the next two
   const T* saved_lse;
-  const T* grad_lse;          // or null
-  Rows<In> grad_q;            // backward: written
+  const T* grad_lse;  // or null
+  Rows<In> grad_q;    // backward: written
 };
 
 // Consecutive queries of the heads that share one kv head: the unit of work of one thread.
@@ -48,7 +49,8 @@ struct Tile {
   int64_t batch, kv_head, first_query, queries;
 };
 
-// What a tile adds to the gradients of keys and values: rows [short_begin, short_begin + short_count) and likewise long.
+// What a tile adds to the gradients of keys and values: rows [short_begin, short_begin + short_count) and likewise
+// long.
 template <class T>
 struct KeyGrads {
   int64_t short_begin, short_count, long_begin, long_count;
