@@ -137,6 +137,13 @@ def check(function, problem, atol=0.0):
     return actual
 
 
+def assert_is_product(out, v1, v2, ratio):
+    """What a query with one visible pair returns: v1 * v2, rounded once. In fp32 the matmul of that pair may be made of
+    tf32 products, which leave out the last bit."""
+    expected = (v1 * v2).repeat_interleave(ratio, 2)
+    torch.testing.assert_close(out, expected, atol=0, rtol=5e-7 if out.dtype == torch.float32 else 0)
+
+
 def assert_same_bits(a, b, what=""):
     assert (a.shape, a.dtype) == (b.shape, b.dtype), what
     assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"{what}: bits differ"
