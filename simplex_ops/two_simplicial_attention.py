@@ -89,7 +89,7 @@ def two_simplicial_attention(
 
     Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
     256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype.
-    TorchScript takes `torch.ops.simplex.two_simplicial_attention` itself: (q, k1, k2, v1, v2, w1, w2, scale) -> (out, lse).
+    TorchScript takes `torch.ops.simplex.two_simplicial_attention` itself, which returns (out, lse).
 
     Returns:
         out, like q; with return_lse the tuple (out, lse), lse [batch, heads, q_length] in float32 (float64 for float64

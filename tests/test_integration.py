@@ -315,7 +315,11 @@ def test_compile(device):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(attention, fullgraph=True, dynamic=True)
-    for changes in ({"batch": 6}, {"batch": 3, "n_k": 33, "n_q": 20}, {"batch": 5, "n_k": 24, "n_q": 7, "w1": 9, "w2": 2}):
+    for changes in (
+        {"batch": 6},
+        {"batch": 3, "n_k": 33, "n_q": 20},
+        {"batch": 5, "n_k": 24, "n_q": 7, "w1": 9, "w2": 2},
+    ):
         problem = small(device, **changes)
         assert_truth(evaluate(compiled, problem), problem)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
