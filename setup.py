@@ -1,6 +1,7 @@
 """Build of the wheel: cubins (triton_kernels), the stable-ABI _C.so and a C++ autograd binding. Needs no GPU or nvcc.
 
-Environment: SIMPLEX_ARCHS="80,90" builds only those architectures; SIMPLEX_BINDINGS_DIR=DIR adds the `_autograd_*.so`
+Environment: SIMPLEX_ARCHS="80,90" builds only those architectures; SIMPLEX_KERNELS_DIR=DIR takes the kernels from that
+output folder of `python -m triton_kernels.build DIR` instead of compiling them; SIMPLEX_BINDINGS_DIR=DIR adds the `_autograd_*.so`
 of that folder, made in other environments by `python setup.py build_binding --out DIR` (one per minor release of torch,
 whose C++ ABI they depend on).
 """
@@ -17,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
-KERNELS = BUILD / "kernels"
+KERNELS = Path(os.environ.get("SIMPLEX_KERNELS_DIR") or BUILD / "kernels").resolve()
 
 # GCC 12 sees an overflow in torch's intrusive_ptr. -z defs: a missing symbol fails here, not at import.
 COMPILE = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wno-stringop-overflow"
@@ -58,7 +59,7 @@ def compile_library(name: str, sources: list[Path], defines: str = "", also: lis
     rules = NINJA.format(cxx=os.environ.get("CXX", "g++"), link=LINK, libraries=" ".join(libraries))
     # Error messages name files: by a relative path, so that builds in two places are alike.
     prefixes = [f"-ffile-prefix-map={p}=." for p in (ROOT, Path(torch.__file__).parents[1])]
-    flags = " ".join([COMPILE, defines, *prefixes, *includes, os.environ.get("CXXFLAGS", "")])
+    flags = " ".join([COMPILE, f"-Wa,-I{KERNELS}", defines, *prefixes, *includes, os.environ.get("CXXFLAGS", "")])
     lines, objects = [rules], []
     for source in sources:
         objects.append(f"{source.stem}.o")
@@ -76,7 +77,8 @@ def build_binding() -> Path:
 
 def build_package() -> list[Path]:
     """Everything compiled that belongs into simplex_ops/."""
-    subprocess.run([sys.executable, "-m", "triton_kernels.build", str(KERNELS)], check=True, cwd=ROOT)
+    if not os.environ.get("SIMPLEX_KERNELS_DIR"):
+        subprocess.run([sys.executable, "-m", "triton_kernels.build", str(KERNELS)], check=True, cwd=ROOT)
     sources = sorted(set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc/autograd.cpp"})
     library = compile_library("_C.so", [*sources, KERNELS / "kernels.cpp"], STABLE_ABI, sorted(KERNELS.glob("*.cubin")))
     prebuilt = os.environ.get("SIMPLEX_BINDINGS_DIR")

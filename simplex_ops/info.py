@@ -44,7 +44,7 @@ def info() -> Info:
         torch=torch.__version__,
         autograd=_library.autograd,
         devices=("cpu", *(_cuda_device(i) for i in range(torch.cuda.device_count()))),
-        archs=tuple(sorted({f"sm_{kernel['arch']}" for kernel in kernels}, key=lambda arch: (len(arch), arch))),
+        archs=tuple(sorted({kernel["arch"] for kernel in kernels}, key=lambda arch: (len(arch), arch))),
         kernels=len(kernels),
     )
 

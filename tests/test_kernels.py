@@ -28,6 +28,7 @@ CASES = {
     "fewer queries": dict(n_q=5, n_k=33, ratio=5, w1=30, w2=30, num_splits=2),
     "group over a tile": dict(n_k=6, ratio=20, w1=6, w2=2, batch=1),
     "one pair": dict(n_k=18, ratio=2, w1=1, w2=1, batch=1),
+    "one key": dict(n_k=1, w1=1, w2=1, kv_heads=2),
     "padded head_dim, negative scale": dict(n_k=20, ratio=4, dim=8, w1=7, w2=7, scale=-0.6),
     "zero scale": dict(n_k=17, ratio=2, w1=16, w2=3, scale=0.0, grad_lse=False),
     "fp16": dict(n_k=20, ratio=8, w1=12, w2=3, dtype="float16"),

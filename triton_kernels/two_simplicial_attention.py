@@ -51,7 +51,7 @@ def _row_ptrs(ptr, row, stride, d):
 @triton.jit
 def _sees_one_pair(pos, w_long, w_short):
     """Where P is 1 whatever the logit: dS is exactly dlse there, which delta is made to hold (negated) instead of rounding
-    errors. Such rows are only ever in masked tiles."""
+    errors."""
     return (pos == 0) | (w_long + w_short == 2)
 
 
@@ -329,7 +329,7 @@ def two_simplicial_bwd_dkv(
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
         short = _short_rows(pos, first_pos, ONE_TOKEN)
-        at_edge = (last_n > first_pos) | (first_n <= last_pos - w_long)
+        at_edge = (last_n > first_pos) | (first_n <= last_pos - w_long) | _sees_one_pair(first_pos, w_long, w_short)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
