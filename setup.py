@@ -72,7 +72,7 @@ def compile_library(name: str, sources: list[Path], defines: str = "", also: lis
 
 
 def build_binding() -> Path:
-    return compile_library(binding_name(), [ROOT / "csrc/autograd.cpp"])
+    return compile_library(binding_name(), [ROOT / "csrc/autograd.cpp"], "-std=c++20")  # torch 2.14's headers
 
 
 def build_package() -> list[Path]:
