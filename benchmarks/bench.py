@@ -103,12 +103,19 @@ def plot(path: Path) -> Path:
     labels = [line(row)[:42].strip() for row in rows]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.34 * len(rows)))
     for shift, direction in ((-0.2, "forward"), (0.2, "backward")):
-        axes.barh([i + shift for i in range(len(rows))], [r[f"{direction}_tflops"] for r in rows], 0.38, label=direction)
-    axes.plot([r["matmul_tflops"] for r in rows], range(len(rows)), "k|", markersize=12, label="matmul of the same FLOPs")
+        axes.barh(
+            [i + shift for i in range(len(rows))], [r[f"{direction}_tflops"] for r in rows], 0.38, label=direction
+        )
+    axes.plot(
+        [r["matmul_tflops"] for r in rows], range(len(rows)), "k|", markersize=12, label="matmul of the same FLOPs"
+    )
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("TFLOP/s")
-    axes.set_title(f"2-simplicial attention, {where['hardware']}, torch {where['torch']}, {where['date']}, {where['commit']}", fontsize=8)
+    axes.set_title(
+        f"2-simplicial attention, {where['hardware']}, torch {where['torch']}, {where['date']}, {where['commit']}",
+        fontsize=8,
+    )
     axes.legend(fontsize=7)
     figure.tight_layout()
     picture = path.with_suffix(".png")

@@ -39,7 +39,10 @@ def median_ms(function: Callable[[], object], device: str, budget_s: float = 0.5
 def commit() -> str:
     """The commit that is measured, "-dirty" with changes on top; the environment may say it where there is no git."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=9"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "describe", "--always", "--dirty", "--abbrev=9"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     )
     return done.stdout.strip() or "unknown"
 

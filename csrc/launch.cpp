@@ -217,13 +217,16 @@ class RelaxedCapture {
 class CurrentContext {
  public:
   CurrentContext(const Driver& cu, const Kernel& kernel, int device) : cu_(cu) {
-    CUdevice current;  // a CUdevice is the device's index
-    const CUresult result = cu.cuCtxGetDevice(&current);
-    if (result == CUDA_SUCCESS && current == device) return;
-    if (result == CUDA_SUCCESS) {
-      cu.cuCtxGetCurrent(&previous_);
-    } else if (result != CUDA_ERROR_INVALID_CONTEXT) {
-      throw_driver_error(kernel.name, "cuCtxGetDevice", result);
+    CUresult result = cu.cuCtxGetCurrent(&previous_);
+    if (result != CUDA_SUCCESS) throw_driver_error(kernel.name, "cuCtxGetCurrent", result);
+    if (previous_) {     // null on a fresh thread, where cuCtxGetDevice is an error that tools report
+      CUdevice current;  // a CUdevice is the device's index
+      result = cu.cuCtxGetDevice(&current);
+      if (result != CUDA_SUCCESS) throw_driver_error(kernel.name, "cuCtxGetDevice", result);
+      if (current == device) {
+        previous_ = nullptr;
+        return;
+      }
     }
     make_primary_current(kernel, device);
   }

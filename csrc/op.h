@@ -1,7 +1,6 @@
 // What every op's host code needs from LibTorch's stable ABI, and nothing more.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,8 +30,8 @@ std::string dtype_string(const Tensor& t);
 bool same_device(const Tensor& a, const Tensor& b);
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
-// t itself where a kernel can read it as it is (last dim contiguous, every other stride a multiple of 8 elements and the
-// data 16-byte aligned), else a contiguous copy. The cubins are compiled with exactly these promises.
+// t itself where a kernel can read it as it is (last dim contiguous, every other stride a multiple of 8 elements and
+// the data 16-byte aligned), else a contiguous copy. The cubins are compiled with exactly these promises.
 Tensor aligned(const Tensor& t);
 // The same for kernels that take no strides: contiguous, data 16-byte aligned.
 Tensor packed(const Tensor& t);

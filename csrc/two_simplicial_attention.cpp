@@ -43,8 +43,8 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
     SIMPLEX_EXPECT(t->dim() == 4, op, name, " to be 4-dimensional [batch, length, heads, head_dim], got ", t->dim(),
                    " dimensions");
   }
-  TwoSimplicialAttention p{q,         k1,         k2,         v1, v2, q.size(0), q.size(1), k1.size(1), q.size(2),
-                           k1.size(2), q.size(3), w1, w2, 0.0};
+  TwoSimplicialAttention p{q,          k1,        k2,         v1,        v2, q.size(0), q.size(1),
+                           k1.size(1), q.size(2), k1.size(2), q.size(3), w1, w2,        0.0};
   for (size_t i = 1; i < tensors.size(); ++i) {
     const auto& [name, t] = tensors[i];
     expect_shape(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
@@ -106,7 +106,7 @@ struct Axes {
       : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
 };
 
-// One call's device, stream and key, and the arguments that its kernels share.
+// One call's device, stream and key. No device guard: launch() makes the device's context current, allocations name it.
 struct Launch {
   const TwoSimplicialAttention& p;
   Axes axes;
@@ -116,11 +116,17 @@ struct Launch {
   int64_t rows;  // of one kv head
 
   Launch(const char* op, const TwoSimplicialAttention& p)
-      : p(p), axes(p), device(p.q.get_device_index()), stream(current_cuda_stream(device)),
-        dtype(static_cast<int64_t>(dtype_key(p.q))), head_dim(32), rows(p.Nq * p.group()) {
+      : p(p),
+        axes(p),
+        device(p.q.get_device_index()),
+        stream(current_cuda_stream(device)),
+        dtype(static_cast<int64_t>(dtype_key(p.q))),
+        head_dim(32),
+        rows(p.Nq * p.group()) {
     while (head_dim < p.D) head_dim *= 2;
     // The kernels count rows and positions in 32 bits (elements in 64).
-    SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ", rows);
+    SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ",
+                   rows);
     SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
   }
 
@@ -133,7 +139,8 @@ struct Launch {
 
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
     const int64_t programs = programs_per_head * p.B * p.Hkv;
-    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs, " programs exceed a CUDA grid");
+    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs,
+                    " programs exceed a CUDA grid");
     return {static_cast<unsigned>(programs), 1, 1};
   }
 };
@@ -170,8 +177,8 @@ void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
 
-// How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t + w_short
-// partial rows, so past kFreeBytes of them t is at least w_short / 8.
+// How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
+// w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
 int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
   constexpr int64_t kFreeBytes = 64 << 20, kMostRowsPerToken = 8;
   const int64_t heads = l.p.B * l.p.Hkv;
@@ -247,12 +254,7 @@ Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor
   Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, q.scalar_type());
   Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, lse_dtype(q));
   if (out.numel() == 0) return {out, lse};
-  if (q.is_cpu()) {
-    forward_cpu(p, out, lse);
-  } else {
-    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-    forward_cuda(p, out, lse);
-  }
+  q.is_cpu() ? forward_cpu(p, out, lse) : forward_cuda(p, out, lse);
   return {out, lse};
 }
 
@@ -285,12 +287,7 @@ Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::o
   if (p.q.numel() > 0) {
     const Tensor g = aligned(grad_out), o = packed(out), l = packed(lse);
     const std::optional<Tensor> gl = grad_lse ? std::optional(packed(*grad_lse)) : std::nullopt;
-    if (q.is_cpu()) {
-      backward_cpu(p, g, gl, o, l, grads);
-    } else {
-      const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-      backward_cuda(p, g, gl, o, l, grads);
-    }
+    (q.is_cpu() ? backward_cpu : backward_cuda)(p, g, gl, o, l, grads);
   }
   return {grads.q, grads.k1, grads.k2, grads.v1, grads.v2};
 }

@@ -57,7 +57,8 @@ def _sees_one_pair(pos, w_long, w_short):
 
 @triton.jit
 def two_simplicial_fwd(
-    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16",
+    v_short_ptr: "*dtype:16",
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
     stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
@@ -126,7 +127,8 @@ def two_simplicial_fwd(
 
 @triton.jit
 def two_simplicial_bwd_dq(
-    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16",
+    v_short_ptr: "*dtype:16",
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", grad_lse_ptr: "*fp32:16",
     grad_q_ptr: "*dtype:16", delta_ptr: "*fp32:16", part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
@@ -272,8 +274,10 @@ def two_simplicial_bwd_merge(
 
 @triton.jit
 def two_simplicial_bwd_dkv(
-    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16", v_short_ptr: "*dtype:16",
-    lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", delta_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
+    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16",
+    v_short_ptr: "*dtype:16",
+    lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", delta_ptr: "*fp32:16", grad_k_ptr: "*dtype:16",
+    grad_v_ptr: "*dtype:16",
     part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
     stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
