@@ -15,6 +15,7 @@ CPP := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp')
 PY := examples tests benchmarks triton_kernels simplex_ops setup.py
 
 .PHONY: demo test lint format typecheck wheel bench clean help
+unexport PYTHONPATH  # the sources or another install must not shadow what is built here
 .DELETE_ON_ERROR:
 
 help:

@@ -37,7 +37,19 @@ std::string device_string(const Tensor& t) {
 
 std::string dtype_string(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
 
-bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
+bool same_dtype(const Tensor& a, const Tensor& b) {
+  int32_t of_a, of_b;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(a.get(), &of_a));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(b.get(), &of_b));
+  return of_a == of_b;
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t of_a, of_b;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
+  return of_a == of_b && a.get_device_index() == b.get_device_index();
+}
 
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   const auto sizes = t.sizes();
@@ -58,7 +70,13 @@ Tensor packed(const Tensor& t) {
   return t.numel() == 0 || (t.is_contiguous() && data_is_aligned(t)) ? t : copy_packed(t);
 }
 
-int64_t stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+std::array<int64_t, 3> leading_strides(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  std::array<int64_t, 3> leading;
+  for (size_t d = 0; d < leading.size(); ++d) leading[d] = sizes[d] == 1 ? 0 : strides[d];
+  return leading;
+}
 
 Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());

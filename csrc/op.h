@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -27,6 +28,9 @@ std::string shape_string(std::initializer_list<int64_t> shape);
 std::string device_string(const Tensor& t);
 std::string dtype_string(const Tensor& t);
 
+// Compared as torch's own numbers: Tensor::scalar_type() and device() translate them, which costs more than the
+// kernel's launch once there are ten tensors.
+bool same_dtype(const Tensor& a, const Tensor& b);
 bool same_device(const Tensor& a, const Tensor& b);
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
@@ -36,8 +40,9 @@ Tensor aligned(const Tensor& t);
 // The same for kernels that take no strides: contiguous, data 16-byte aligned.
 Tensor packed(const Tensor& t);
 
-// The stride of a dim, 0 where the dim has one element: its stride may be anything then, and no kernel uses it.
-int64_t stride(const Tensor& t, int64_t dim);
+// The strides of the first three dims, 0 where a dim has one element: its stride may be anything then, and no kernel
+// uses it.
+std::array<int64_t, 3> leading_strides(const Tensor& t);
 
 // An uninitialised contiguous tensor on t's device.
 Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
+#include <vector>
 
 #include "kernel.h"
 
@@ -14,8 +14,7 @@ namespace {
 constexpr int64_t kMaxHeadDim = 256;
 
 void expect_like_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  SIMPLEX_EXPECT(t.scalar_type() == q.scalar_type(), op, name, " to have the dtype of q (", dtype_string(q), "), got ",
-                 dtype_string(t));
+  SIMPLEX_EXPECT(same_dtype(t, q), op, name, " to have the dtype of q (", dtype_string(q), "), got ", dtype_string(t));
   SIMPLEX_EXPECT(same_device(t, q), op, name, " to have the device of q (", device_string(q), "), got ",
                  device_string(t));
 }
@@ -26,9 +25,7 @@ void expect_shape(const char* op, const char* name, const Tensor& t, std::initia
                  shape_string(t));
 }
 
-ScalarType lse_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType lse_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // The fake kernels (simplex_ops/two_simplicial_attention.py) check the same in the same words.
 TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
@@ -50,9 +47,9 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
     expect_shape(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
     expect_like_q(op, name, *t, q);
   }
-  const ScalarType dtype = q.scalar_type();
+  p.dtype = q.scalar_type();
   const ScalarType third = q.is_cpu() ? ScalarType::Double : ScalarType::Half;
-  SIMPLEX_EXPECT(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == third, op,
+  SIMPLEX_EXPECT(p.dtype == ScalarType::Float || p.dtype == ScalarType::BFloat16 || p.dtype == third, op,
                  q.is_cpu() ? "q to be float32, float64 or bfloat16 on cpu, got "
                             : "q to be float32, float16 or bfloat16 on cuda, got ",
                  dtype_string(q));
@@ -80,8 +77,8 @@ const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DI
 const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
 
-DType dtype_key(const Tensor& t) {
-  switch (t.scalar_type()) {
+DType dtype_key(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Half:
       return DType::fp16;
     case ScalarType::BFloat16:
@@ -120,7 +117,7 @@ struct Launch {
         axes(p),
         device(p.q.get_device_index()),
         stream(current_cuda_stream(device)),
-        dtype(static_cast<int64_t>(dtype_key(p.q))),
+        dtype(static_cast<int64_t>(dtype_key(p.dtype))),
         head_dim(32),
         rows(p.Nq * p.group()) {
     while (head_dim < p.D) head_dim *= 2;
@@ -145,33 +142,59 @@ struct Launch {
   }
 };
 
-Arg i32(const char* name, int64_t value) { return {name, static_cast<int32_t>(value)}; }
-Arg i64(const char* name, int64_t value) { return {name, value}; }
-Arg f32(const char* name, double value) { return {name, static_cast<float>(value)}; }
-Arg ptr(const char* name, const Tensor& t) { return {name, t.const_data_ptr()}; }
+// The arguments of a launch, in the order of the kernel's parameters.
+class Args {
+ public:
+  explicit Args(const Launch& launch) : l_(launch) { list_.reserve(kMaxParams); }
+  operator Span<Arg>() const { return {list_.data(), list_.size()}; }
 
-#define SIMPLEX_STRIDES(name, t) \
-  i64("stride_" name "b", stride(t, 0)), i64("stride_" name "n", stride(t, 1)), i64("stride_" name "h", stride(t, 2))
-// clang-format off
-#define SIMPLEX_INPUTS(l)                                                                                     \
-  ptr("q_ptr", l.p.q), ptr("k_long_ptr", l.axes.k_long), ptr("v_long_ptr", l.axes.v_long),                    \
-  ptr("k_short_ptr", l.axes.k_short), ptr("v_short_ptr", l.axes.v_short)
-#define SIMPLEX_INPUT_STRIDES(l)                                                                              \
-  SIMPLEX_STRIDES("q", l.p.q), SIMPLEX_STRIDES("kl", l.axes.k_long), SIMPLEX_STRIDES("vl", l.axes.v_long),    \
-  SIMPLEX_STRIDES("ks", l.axes.k_short), SIMPLEX_STRIDES("vs", l.axes.v_short)
-#define SIMPLEX_SIZES(l)                                                                                      \
-  i32("num_queries", l.p.Nq), i32("num_keys", l.p.Nk), i32("kv_heads", l.p.Hkv), i32("group", l.p.group()),   \
-  i32("head_dim", l.p.D)
-#define SIMPLEX_WINDOWS(l)                                                                                    \
-  i32("w_long", l.axes.w_long), i32("w_short", l.axes.w_short), f32("scale", l.p.scale)
-// clang-format on
+  Args& pointer(const char* name, const Tensor& t) { return push({name, t.const_data_ptr()}); }
+  Args& integer(const char* name, int64_t value) { return push({name, static_cast<int32_t>(value)}); }
+  Args& number(const char* name, double value) { return push({name, static_cast<float>(value)}); }
+  Args& strides(const char* batch, const char* length, const char* head, const Tensor& t) {
+    const auto leading = leading_strides(t);
+    return push({batch, leading[0]}).push({length, leading[1]}).push({head, leading[2]});
+  }
+
+  Args& inputs() {
+    pointer("q_ptr", l_.p.q).pointer("k_long_ptr", l_.axes.k_long).pointer("v_long_ptr", l_.axes.v_long);
+    return pointer("k_short_ptr", l_.axes.k_short).pointer("v_short_ptr", l_.axes.v_short);
+  }
+  Args& input_strides() {
+    strides("stride_qb", "stride_qn", "stride_qh", l_.p.q);
+    strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
+    strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
+    strides("stride_ksb", "stride_ksn", "stride_ksh", l_.axes.k_short);
+    return strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
+  }
+  Args& sizes() {
+    integer("num_queries", l_.p.Nq).integer("num_keys", l_.p.Nk).integer("kv_heads", l_.p.Hkv);
+    return integer("group", l_.p.group()).integer("head_dim", l_.p.D);
+  }
+  Args& windows() { return integer("w_long", l_.axes.w_long).integer("w_short", l_.axes.w_short); }
+
+ private:
+  Args& push(const Arg& arg) {
+    list_.push_back(arg);
+    return *this;
+  }
+
+  const Launch& l_;
+  std::vector<Arg> list_;
+};
 
 void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   const Launch l("two_simplicial_attention", p);
   const Kernel& kernel = l.select(kForward);
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
-         {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), SIMPLEX_INPUT_STRIDES(l), SIMPLEX_SIZES(l),
-          SIMPLEX_WINDOWS(l)});
+         Args(l)
+             .inputs()
+             .pointer("out_ptr", out)
+             .pointer("lse_ptr", lse)
+             .input_strides()
+             .sizes()
+             .windows()
+             .number("scale", p.scale));
 }
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
@@ -210,16 +233,36 @@ void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, cons
   {
     const Tensor part_k = partial(p.B * p.Hkv * chunks, chunk_span), part_v = partial(p.B * p.Hkv * chunks, chunk_span);
     launch(dq, l.device, l.stream, l.grid(chunks),
-           {SIMPLEX_INPUTS(l), ptr("out_ptr", out), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out),
-            ptr("grad_lse_ptr", grad_lse ? *grad_lse : lse), ptr("grad_q_ptr", grads.q), ptr("delta_ptr", delta),
-            ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l),
-            SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l), SIMPLEX_WINDOWS(l),
-            i32("has_grad_lse", grad_lse.has_value()), i32("chunk_tiles", chunk_tiles), i32("chunk_span", chunk_span)});
+           Args(l)
+               .inputs()
+               .pointer("out_ptr", out)
+               .pointer("lse_ptr", lse)
+               .pointer("grad_out_ptr", grad_out)
+               .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
+               .pointer("grad_q_ptr", grads.q)
+               .pointer("delta_ptr", delta)
+               .pointer("part_k_ptr", part_k)
+               .pointer("part_v_ptr", part_v)
+               .input_strides()
+               .strides("stride_gb", "stride_gn", "stride_gh", grad_out)
+               .sizes()
+               .windows()
+               .number("scale", p.scale)
+               .integer("has_grad_lse", grad_lse.has_value())
+               .integer("chunk_tiles", chunk_tiles)
+               .integer("chunk_span", chunk_span));
     const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
     launch(merge, l.device, l.stream, l.grid(ceil_div(p.Nk, merge["BLOCK_N"])),
-           {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_short),
-            ptr("grad_v_ptr", grad_v_short), SIMPLEX_SIZES(l), i32("w_short", l.axes.w_short), f32("scale", p.scale),
-            i32("chunk_rows", chunk_tiles * block_m), i32("chunk_span", chunk_span)});
+           Args(l)
+               .pointer("part_k_ptr", part_k)
+               .pointer("part_v_ptr", part_v)
+               .pointer("grad_k_ptr", grad_k_short)
+               .pointer("grad_v_ptr", grad_v_short)
+               .sizes()
+               .integer("w_short", l.axes.w_short)
+               .number("scale", p.scale)
+               .integer("chunk_rows", chunk_tiles * block_m)
+               .integer("chunk_span", chunk_span));
   }
 
   const Kernel& dkv = l.select(kBackwardKV);
@@ -230,16 +273,35 @@ void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, cons
   const int64_t parts = splits > 1 ? p.B * p.Hkv * blocks * splits : 0;
   const Tensor part_k = partial(parts, block_n), part_v = partial(parts, block_n);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits),
-         {SIMPLEX_INPUTS(l), ptr("lse_ptr", lse), ptr("grad_out_ptr", grad_out), ptr("delta_ptr", delta),
-          ptr("grad_k_ptr", grad_k_long), ptr("grad_v_ptr", grad_v_long), ptr("part_k_ptr", part_k),
-          ptr("part_v_ptr", part_v), SIMPLEX_INPUT_STRIDES(l), SIMPLEX_STRIDES("g", grad_out), SIMPLEX_SIZES(l),
-          SIMPLEX_WINDOWS(l), i32("num_splits", splits)});
+         Args(l)
+             .inputs()
+             .pointer("lse_ptr", lse)
+             .pointer("grad_out_ptr", grad_out)
+             .pointer("delta_ptr", delta)
+             .pointer("grad_k_ptr", grad_k_long)
+             .pointer("grad_v_ptr", grad_v_long)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .input_strides()
+             .strides("stride_gb", "stride_gn", "stride_gh", grad_out)
+             .sizes()
+             .windows()
+             .number("scale", p.scale)
+             .integer("num_splits", splits));
   if (splits == 1) return;
   const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
   launch(sum, l.device, l.stream, l.grid(ceil_div(p.Nk, sum["BLOCK_N"])),
-         {ptr("part_k_ptr", part_k), ptr("part_v_ptr", part_v), ptr("grad_k_ptr", grad_k_long),
-          ptr("grad_v_ptr", grad_v_long), i32("num_keys", p.Nk), i32("kv_heads", p.Hkv), i32("head_dim", p.D),
-          f32("scale", p.scale), i32("num_splits", splits), i32("block_keys", block_n)});
+         Args(l)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .pointer("grad_k_ptr", grad_k_long)
+             .pointer("grad_v_ptr", grad_v_long)
+             .integer("num_keys", p.Nk)
+             .integer("kv_heads", p.Hkv)
+             .integer("head_dim", p.D)
+             .number("scale", p.scale)
+             .integer("num_splits", splits)
+             .integer("block_keys", block_n));
 }
 
 // ---- The op
@@ -251,8 +313,8 @@ Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor
                                  const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale,
                                  bool determinant, const std::optional<Tensor>& cu_seqlens) {
   const auto p = checked("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
-  Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, q.scalar_type());
-  Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, lse_dtype(q));
+  Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, p.dtype);
+  Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, lse_dtype(p.dtype));
   if (out.numel() == 0) return {out, lse};
   q.is_cpu() ? forward_cpu(p, out, lse) : forward_cuda(p, out, lse);
   return {out, lse};
@@ -272,16 +334,16 @@ Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::o
   for (const auto& [name, t] : {std::pair{"grad_lse", grad_lse ? &*grad_lse : nullptr}, {"lse", &lse}}) {
     if (!t) continue;
     expect_shape(op, name, *t, {p.B, p.Hq, p.Nq}, "batch, heads, length of q");
-    SIMPLEX_EXPECT(t->scalar_type() == lse_dtype(q), op, name, " to have dtype ",
-                   torch::headeronly::toString(lse_dtype(q)), ", got ", dtype_string(*t));
+    SIMPLEX_EXPECT(t->scalar_type() == lse_dtype(p.dtype), op, name, " to have dtype ",
+                   torch::headeronly::toString(lse_dtype(p.dtype)), ", got ", dtype_string(*t));
     SIMPLEX_EXPECT(same_device(*t, q), op, name, " to have the device of q (", device_string(q), "), got ",
                    device_string(*t));
   }
 
   TwoSimplicialGrads grads;
-  grads.q = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, q.scalar_type());
+  grads.q = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, p.dtype);
   for (Tensor* grad : {&grads.k1, &grads.k2, &grads.v1, &grads.v2}) {
-    *grad = empty_like_device(q, {p.B, p.Nk, p.Hkv, p.D}, q.scalar_type());
+    *grad = empty_like_device(q, {p.B, p.Nk, p.Hkv, p.D}, p.dtype);
     if (p.q.numel() == 0) torch::stable::zero_(*grad);
   }
   if (p.q.numel() > 0) {

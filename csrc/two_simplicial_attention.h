@@ -12,6 +12,7 @@ struct TwoSimplicialAttention {
   int64_t B, Nq, Nk, Hq, Hkv, D;
   int64_t w1, w2;  // >= 1; clamped to Nk, so that i - w cannot overflow
   double scale;
+  ScalarType dtype;
 
   int64_t group() const { return Hq / Hkv; }
 };

@@ -395,16 +395,21 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, one_token: int) -> dict[
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
         tiles = {
-            two_simplicial_fwd: (32, min(64, 4096 // head_dim), 4, 1),
-            two_simplicial_bwd_dq: (16, min(32, 4096 // head_dim), 8 if head_dim == 256 else 4, 1),
-            two_simplicial_bwd_dkv: (16, min(32, 4096 // head_dim), 8, 1),
+            two_simplicial_fwd: (16, 16, 4, 1) if head_dim == 256 else (32, min(64, 4096 // head_dim), 4, 1),
+            two_simplicial_bwd_dq: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 4, 1),
+            two_simplicial_bwd_dkv: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 8, 1),
+        }
+    elif head_dim == 256:
+        tiles = {
+            two_simplicial_fwd: (32, 64, 8 if mma_sync else 4, 1),
+            two_simplicial_bwd_dq: (16, 32, 8, 1),
+            two_simplicial_bwd_dkv: (16, 32, 4, 1),
         }
     else:
-        halve = 2 if head_dim == 256 else 1
         tiles = {
-            two_simplicial_fwd: (64 // halve, 128 // halve, 8 if mma_sync else 4, 1),
-            two_simplicial_bwd_dq: (64 // halve, 32, 4, 2) if one_token else (64 // halve, 64 // halve, 8, 1),
-            two_simplicial_bwd_dkv: (32 // halve, 64 // halve, 4, 2 if mma_sync else 1),
+            two_simplicial_fwd: (64, 128, 8 if mma_sync else 4, 1),
+            two_simplicial_bwd_dq: (64, 32, 4, 2) if one_token else (64, 32 if mma_sync else 64, 8, 1),
+            two_simplicial_bwd_dkv: (32, 64, 8, 2) if mma_sync else (32, 64, 4, 1),
         }
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[kernel], strict=True))
 
