@@ -123,10 +123,10 @@ def test_offsets_pass_2_to_the_31(device, tensor):
 def test_tensors_of_more_than_2_to_the_31_elements(kv_heads):
     """70,000 x 128 heads x 256 = 2.3e9 elements, and more rows than a grid axis holds. The last rows form a problem of
     their own: queries see `w` rows back, and only later queries send a key gradient."""
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 70e9:
         pytest.skip("needs 70 GB of free GPU memory")
     n, w, tail, dtype = 70_000, (3, 2), 5, torch.bfloat16
-    torch.cuda.empty_cache()
     with torch.device("cuda"):
         normal = lambda heads: torch.empty(1, n, heads, 256, dtype=dtype).normal_()  # noqa: E731  (randn would double it)
         inputs = [normal(128).requires_grad_(), *(normal(kv_heads).requires_grad_() for _ in range(4))]
