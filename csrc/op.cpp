@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernel.h"
+
 namespace simplex {
 
 namespace {
@@ -54,6 +56,49 @@ bool same_device(const Tensor& a, const Tensor& b) {
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   const auto sizes = t.sizes();
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+void expect_sizes(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                  const char* origin) {
+  SIMPLEX_EXPECT(has_shape(t, shape), op, name, " to have shape ", shape_string(shape), " (", origin, "), got ",
+                 shape_string(t));
+}
+
+void expect_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
+  SIMPLEX_EXPECT(t.scalar_type() == dtype, op, name, " to have dtype ", torch::headeronly::toString(dtype), ", got ",
+                 dtype_string(t));
+}
+
+void expect_device(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  SIMPLEX_EXPECT(same_device(t, other), op, name, " to have the device of ", other_name, " (", device_string(other),
+                 "), got ", device_string(t));
+}
+
+void expect_like(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  SIMPLEX_EXPECT(same_dtype(t, other), op, name, " to have the dtype of ", other_name, " (", dtype_string(other),
+                 "), got ", dtype_string(t));
+  expect_device(op, name, t, other_name, other);
+}
+
+void expect_floating(const char* op, const char* name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  SIMPLEX_EXPECT(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                     (dtype == ScalarType::Double && t.is_cpu()),
+                 op, name,
+                 t.is_cpu() ? " to be float32, float64, float16 or bfloat16 on cpu, got "
+                            : " to be float32, float16 or bfloat16 on cuda, got ",
+                 dtype_string(t));
+}
+
+ScalarType wide_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t dtype_constant(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return static_cast<int64_t>(dtype == ScalarType::Half       ? DType::fp16
+                              : dtype == ScalarType::BFloat16 ? DType::bf16
+                                                              : DType::fp32);
 }
 
 Tensor aligned(const Tensor& t) {

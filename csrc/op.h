@@ -34,6 +34,21 @@ bool same_dtype(const Tensor& a, const Tensor& b);
 bool same_device(const Tensor& a, const Tensor& b);
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
+// The checks that most ops share, in the words of simplex_ops/_checks.py: shape (with where it comes from), dtype, dtype
+// and device of another argument, a floating dtype that the kernels of t's device read.
+void expect_sizes(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                  const char* origin);
+void expect_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype);
+void expect_device(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
+void expect_like(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
+void expect_floating(const char* op, const char* name, const Tensor& t);
+
+// What sums over t are taken and returned in.
+ScalarType wide_dtype(const Tensor& t);
+
+// The value of the kernel constant "dtype" (csrc/kernel.h) for t.
+int64_t dtype_constant(const Tensor& t);
+
 // t itself where a kernel can read it as it is (last dim contiguous, every other stride a multiple of 8 elements and
 // the data 16-byte aligned), else a contiguous copy. The cubins are compiled with exactly these promises.
 Tensor aligned(const Tensor& t);
