@@ -71,11 +71,11 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
 
 // ---- CUDA
 
-const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
-const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
+const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
+const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM", "ONE_TOKEN"});
+const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM"});
 
 DType dtype_key(ScalarType dtype) {
   switch (dtype) {
@@ -127,11 +127,13 @@ struct Launch {
     SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
   }
 
-  // The variant for tiles inside one token where there is one and the group fills its tiles.
+  // The variant whose runs of rows with one token are longest, of those that the group consists of.
   const Kernel& select(const KernelFamily& family) const {
-    const Kernel* one_token = family.find_if(device, {dtype, head_dim, 1});
-    if (one_token && p.group() % (*one_token)["BLOCK_M"] == 0) return *one_token;
-    return family.find(device, {dtype, head_dim, 0});
+    for (int64_t share : {64, 8}) {
+      const Kernel* kernel = p.group() % share == 0 ? family.find_if(device, {dtype, head_dim, share}) : nullptr;
+      if (kernel) return *kernel;
+    }
+    return family.find(device, {dtype, head_dim, 1});
   }
 
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
@@ -265,7 +267,7 @@ void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, cons
                .integer("chunk_span", chunk_span));
   }
 
-  const Kernel& dkv = l.select(kBackwardKV);
+  const Kernel& dkv = kBackwardKV.find(l.device, {l.dtype, l.head_dim});
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t most_tiles = ceil_div(std::min(l.axes.w_long + block_n, p.Nq) * p.group(), dkv["BLOCK_M"]);

@@ -19,7 +19,7 @@ def strides(**tensors):
     return {f"stride_{name}{d}": t.stride(i) for name, t in tensors.items() for i, d in enumerate("bnh")}
 
 
-def run(problem, head_dim, one_token, chunk_tiles, num_splits):
+def run(problem, head_dim, share, chunk_tiles, num_splits):
     """out, lse and the gradients, by the launches that csrc/two_simplicial_attention.cpp makes."""
     q, k_long, k_short, v_long, v_short = problem.inputs
     (batch, n_q, heads, dim), (_, n_k, kv_heads, _) = q.shape, k_long.shape
@@ -29,14 +29,14 @@ def run(problem, head_dim, one_token, chunk_tiles, num_splits):
     shared = sizes | dict(q_ptr=q, k_long_ptr=k_long, v_long_ptr=v_long, k_short_ptr=k_short, v_short_ptr=v_short,
                           w_long=w_long, w_short=w_short, scale=scale)  # fmt: skip
     shared |= strides(q=q, kl=k_long, vl=v_long, ks=k_short, vs=v_short)
-    constants = dict(HEAD_DIM=head_dim, ONE_TOKEN=one_token, **TILE)
+    constants = dict(HEAD_DIM=head_dim, **TILE)
     tiles, blocks, bh = -(-n_q * group // 16), -(-n_k // 16), batch * kv_heads
 
     def nan(*shape, dtype=torch.float32):
         return torch.full(shape, float("nan"), dtype=dtype)
 
     out, lse = torch.full_like(q, float("nan")).contiguous(), nan(batch, heads, n_q)
-    kernels.two_simplicial_fwd[(tiles * bh,)](out_ptr=out, lse_ptr=lse, **shared, **constants)
+    kernels.two_simplicial_fwd[(tiles * bh,)](out_ptr=out, lse_ptr=lse, SHARE=share, **shared, **constants)
 
     grad_out, grad_lse = problem.grad_out, problem.grad_lse
     chunks, span = -(-tiles // chunk_tiles), -(-chunk_tiles * 16 // group) + w_short
@@ -45,7 +45,7 @@ def run(problem, head_dim, one_token, chunk_tiles, num_splits):
     kernels.two_simplicial_bwd_dq[(chunks * bh,)](
         out_ptr=out, lse_ptr=lse, grad_out_ptr=grad_out, grad_lse_ptr=lse if grad_lse is None else grad_lse,
         has_grad_lse=int(grad_lse is not None), grad_q_ptr=grads[0], delta_ptr=delta, part_k_ptr=part_k, part_v_ptr=part_v,
-        chunk_tiles=chunk_tiles, chunk_span=span, **shared, **strides(g=grad_out), **constants,
+        chunk_tiles=chunk_tiles, chunk_span=span, SHARE=share, **shared, **strides(g=grad_out), **constants,
     )  # fmt: skip
     kernels.two_simplicial_bwd_merge[(blocks * bh,)](
         part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[2], grad_v_ptr=grads[4], w_short=w_short, scale=scale,
@@ -66,7 +66,7 @@ def run(problem, head_dim, one_token, chunk_tiles, num_splits):
 
 def main(case):
     torch.manual_seed(7)
-    how = {name: case.pop(name) for name in ("head_dim", "one_token", "chunk_tiles", "num_splits")}
+    how = {name: case.pop(name) for name in ("head_dim", "share", "chunk_tiles", "num_splits")}
     case["dtype"] = getattr(torch, case["dtype"])
     problem = draw(**case)
     names = ["out", "lse", *(f"grad_{x}" for x in ("q", "k1", "k2", "v1", "v2"))]

@@ -22,7 +22,8 @@ def environment(**more):
 
 
 CASES = {
-    "one token a tile": dict(n_k=9, ratio=32, w1=5, w2=3, one_token=1, chunk_tiles=3),
+    "one token a tile": dict(n_k=5, ratio=64, w1=5, w2=3, share=64, chunk_tiles=3),
+    "two tokens a tile": dict(n_k=11, ratio=8, w1=6, w2=3, share=8, chunk_tiles=2),
     "odd ratio": dict(n_k=19, kv_heads=2, ratio=3, w1=9, w2=4, chunk_tiles=2),
     "MHA, split": dict(n_k=40, kv_heads=2, ratio=1, w1=20, w2=5, batch=1, num_splits=3),
     "fewer queries": dict(n_q=5, n_k=33, ratio=5, w1=30, w2=30, num_splits=2),
@@ -38,7 +39,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_arithmetic_in_the_interpreter(name):
     """Out, lse and all gradients of the kernel bodies against the fp64 truth; memory starts as NaN."""
-    case = dict(one_token=0, chunk_tiles=1, num_splits=1, head_dim=16, dtype="float32") | CASES[name]
+    case = dict(share=1, chunk_tiles=1, num_splits=1, head_dim=16, dtype="float32") | CASES[name]
     done = subprocess.run(
         [sys.executable, str(TESTS / "interpreted_kernels.py"), json.dumps(case)],
         env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False,
@@ -58,7 +59,9 @@ def test_every_arch_has_the_same_keys(manifest):
     keys = {}
     for row in manifest["kernels"]:
         keys.setdefault(row["arch"], set()).add((row["family"], json.dumps(row["key"])))
-    assert len(set(map(frozenset, keys.values()))) == 1
+        # An arch may have more: variants that were measured to pay there, beside the ones for every call.
+    general = {frozenset(key for key in of_arch if '"SHARE": 8' not in key[1]) for of_arch in keys.values()}
+    assert len(general) == 1
     if not os.environ.get("SIMPLEX_ARCHS"):
         assert set(keys) == {"sm80", "sm90a", "sm100f", "sm120f"}
 

@@ -6,8 +6,8 @@ r // group, head r % group, so that any Hq / Hkv ratio fills its tiles. Of the t
 
     A = q * k_short[t - o]        S = scale * A @ k_long^T        out += v_short[t - o] * (P @ v_long)
 
-which wastes nothing on the short axis at any ratio. ONE_TOKEN says that a tile lies inside one token (group is a multiple
-of BLOCK_M), where the short row is the same for every row of the tile and is loaded once.
+which wastes nothing on the short axis at any ratio. SHARE, a divisor of group, is a number of consecutive rows that surely
+belong to one token, so that they share one short row: 64 is all of a tile, 1 promises nothing.
 
 The backward pass recomputes P from lse in two kernels without atomics. `two_simplicial_bwd_dq` walks query tiles: dq, and
 the short gradients summed into a private buffer per chunk of tiles, which `two_simplicial_bwd_merge` adds up in a fixed
@@ -35,12 +35,37 @@ def _tile_rows(first_row, num_rows, group, past, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _short_rows(pos, first_pos, ONE_TOKEN: tl.constexpr):
-    """Positions [BLOCK_M or 1] of the short rows at offset 0."""
-    if ONE_TOKEN:
-        return tl.full([1], first_pos, tl.int32)
+def _short_rows(first_row, group, past, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Positions of the tile's short rows at offset 0, one for each SHARE rows, and whose turn of their token it is.
+
+    A token that has more than one short row in the tile numbers them by turns: 0 .. min(group, BLOCK_M) // SHARE - 1.
+    """
+    RUN: tl.constexpr = SHARE if SHARE < BLOCK_M else BLOCK_M
+    run = first_row // RUN + tl.arange(0, BLOCK_M // RUN)
+    runs_of_token = group // RUN
+    return run // runs_of_token + past, run % runs_of_token % (BLOCK_M // RUN)
+
+
+@triton.jit
+def _expand(x, BLOCK_M: tl.constexpr):
+    """Short rows [BLOCK_M / SHARE, HEAD_DIM] -> the row of every row of the tile (one row broadcasts by itself)."""
+    R: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    if R == 1 or R == BLOCK_M:
+        return x
     else:
-        return pos
+        return tl.reshape(tl.broadcast_to(x[:, None, :], [R, BLOCK_M // R, D]), [BLOCK_M, D])
+
+
+@triton.jit
+def _sum_runs(x, R: tl.constexpr):
+    """The inverse: rows [BLOCK_M, HEAD_DIM] -> their sums over each short row's rows."""
+    M: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    if R == M:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [R, M // R, D]), 1)
 
 
 @triton.jit
@@ -67,7 +92,7 @@ def two_simplicial_fwd(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
     w_long: "i32", w_short: "i32", scale: "fp32",
-    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     num_rows = num_queries * group
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -80,8 +105,9 @@ def two_simplicial_fwd(
     v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
     q_ptr += batch * stride_qb + kv_head * group * stride_qh
 
-    token, head, pos, row_ok, first_pos, last_pos = _tile_rows(
-        tl.program_id(0) % num_tiles * BLOCK_M, num_rows, group, num_keys - num_queries, BLOCK_M)
+    first_row = tl.program_id(0) % num_tiles * BLOCK_M
+    past = num_keys - num_queries
+    token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
     d = tl.arange(0, HEAD_DIM)
     d_ok = (d < head_dim)[None, :]
     row_mask = row_ok[:, None] & d_ok
@@ -90,7 +116,7 @@ def two_simplicial_fwd(
     # that is 0 to every finite logit but keeps -inf * scale == -inf.
     q = tl.where(scale < 0, -q, q)
     to_exponent = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
-    short = _short_rows(pos, first_pos, ONE_TOKEN)
+    short, _ = _short_rows(first_row, group, past, SHARE, BLOCK_M)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -103,8 +129,8 @@ def two_simplicial_fwd(
         at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
-            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
-            s = tl.dot(q * k_short, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M / SHARE, HEAD_DIM]
+            s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
             if at_edge | (offset > first_pos):
                 valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
                 s = tl.where(valid, s, float("-inf"))
@@ -117,7 +143,7 @@ def two_simplicial_fwd(
             row_max = new_max
             pv = tl.dot(p.to(v.dtype), v, input_precision="tf32x3")  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
-            acc = acc * alpha[:, None] + pv * v_short.to(tl.float32)
+            acc = acc * alpha[:, None] + pv * _expand(v_short, BLOCK_M).to(tl.float32)
 
     q_head = batch * kv_heads * group + kv_head * group + head
     out_ptrs = _row_ptrs(out_ptr, (batch * num_queries + token) * kv_heads * group + kv_head * group + head, head_dim, d)
@@ -139,7 +165,7 @@ def two_simplicial_bwd_dq(
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
     w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
-    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dq, delta, and this chunk's partial sums of dk_short and dv_short.
 
@@ -164,6 +190,7 @@ def two_simplicial_bwd_dq(
     part_v_ptr += tl.program_id(0).to(tl.int64) * chunk_span * head_dim
     part_start = chunk * chunk_tiles * BLOCK_M // group + past - w_short + 1
 
+    RUN: tl.constexpr = SHARE if SHARE < BLOCK_M else BLOCK_M
     d = tl.arange(0, HEAD_DIM)
     d_ok = (d < head_dim)[None, :]
     to_exponent = scale * LOG2E
@@ -189,14 +216,14 @@ def two_simplicial_bwd_dq(
             delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
         tl.store(delta_ptr + lse_row, delta, mask=row_ok)
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
-        short = _short_rows(pos, first_pos, ONE_TOKEN)
+        short, turn_of = _short_rows(tile * BLOCK_M, group, past, SHARE, BLOCK_M)
         grad_q = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
-            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M / SHARE, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
-            qk = q * k_short
-            gv = grad_out * v_short
+            qk = q * _expand(k_short, BLOCK_M)
+            gv = grad_out * _expand(v_short, BLOCK_M)
             ds_k = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             p_v = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             for start in range(tl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
@@ -214,23 +241,17 @@ def two_simplicial_bwd_dq(
                     ds = tl.where(valid, tl.where(single[:, None], -delta[:, None], ds), 0.0)
                 ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
                 p_v = tl.dot(p.to(v.dtype), v, p_v, input_precision="tf32x3")
-            grad_q += k_short.to(tl.float32) * ds_k
-            row_dk = q.to(tl.float32) * ds_k
-            row_dv = grad_out.to(tl.float32) * p_v
-            if ONE_TOKEN:
-                part = (first_pos - offset - part_start) * head_dim + d
-                tl.store(part_k_ptr + part, tl.load(part_k_ptr + part, mask=d < head_dim) + tl.sum(row_dk, 0), mask=d < head_dim)
-                tl.store(part_v_ptr + part, tl.load(part_v_ptr + part, mask=d < head_dim) + tl.sum(row_dv, 0), mask=d < head_dim)
+            grad_q += _expand(k_short, BLOCK_M).to(tl.float32) * ds_k
+            part_dk = _sum_runs(q.to(tl.float32) * ds_k, short.shape[0])
+            part_dv = _sum_runs(grad_out.to(tl.float32) * p_v, short.shape[0])
+            part_k_ptrs = _row_ptrs(part_k_ptr, short - offset - part_start, head_dim, d)
+            part_v_ptrs = _row_ptrs(part_v_ptr, short - offset - part_start, head_dim, d)
+            # Short rows of one token add to the same partial row, so they take turns.
+            for turn in range(0, tl.minimum(group, BLOCK_M) // RUN):
+                mask = (turn_of == turn)[:, None] & short_mask
+                tl.store(part_k_ptrs, tl.load(part_k_ptrs, mask=mask, other=0.0) + part_dk, mask=mask)
+                tl.store(part_v_ptrs, tl.load(part_v_ptrs, mask=mask, other=0.0) + part_dv, mask=mask)
                 tl.debug_barrier()
-            else:
-                # The heads of one token share a short row, so they take turns (a tile holds at most BLOCK_M of them).
-                part_k_ptrs = _row_ptrs(part_k_ptr, pos - offset - part_start, head_dim, d)
-                part_v_ptrs = _row_ptrs(part_v_ptr, pos - offset - part_start, head_dim, d)
-                for turn in range(0, tl.minimum(group, BLOCK_M)):
-                    mask = (head % BLOCK_M == turn)[:, None] & (pos >= offset)[:, None] & row_mask
-                    tl.store(part_k_ptrs, tl.load(part_k_ptrs, mask=mask, other=0.0) + row_dk, mask=mask)
-                    tl.store(part_v_ptrs, tl.load(part_v_ptrs, mask=mask, other=0.0) + row_dv, mask=mask)
-                    tl.debug_barrier()
         tl.store(_row_ptrs(grad_q_ptr, out_row, head_dim, d), (grad_q * scale).to(q.dtype), mask=row_mask)
 
 
@@ -287,7 +308,7 @@ def two_simplicial_bwd_dkv(
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
     w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32",
-    HEAD_DIM: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk_long and dv_long of BLOCK_N keys: every row that sees one of them, at every offset, transposed.
 
@@ -332,12 +353,11 @@ def two_simplicial_bwd_dkv(
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
-        short = _short_rows(pos, first_pos, ONE_TOKEN)
         at_edge = (last_n > first_pos) | (first_n <= last_pos - w_long) | _sees_one_pair(first_pos, w_long, w_short)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
-            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
-            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M or 1, HEAD_DIM]
-            v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
+            short_mask = ((pos >= offset) & (pos < num_keys))[:, None] & d_ok
+            k_short = tl.load(_row_ptrs(k_short_ptr, pos - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M, HEAD_DIM]
+            v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
             gv = grad_out * v_short
             s_t = tl.dot(k, tl.trans(qk), input_precision="tf32x3")  # [BLOCK_N, BLOCK_M]
@@ -391,7 +411,7 @@ def two_simplicial_bwd_sum(
 # Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
 # memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. fp32 products are three tf32 ones, with operands
 # and code to match.
-def _tile(kernel, arch: str, dtype: str, head_dim: int, one_token: int) -> dict[str, int]:
+def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
         tiles = {
@@ -408,7 +428,7 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, one_token: int) -> dict[
     else:
         tiles = {
             two_simplicial_fwd: (64, 128, 8 if mma_sync else 4, 1),
-            two_simplicial_bwd_dq: (64, 32, 4, 2) if one_token else (64, 32 if mma_sync else 64, 8, 1),
+            two_simplicial_bwd_dq: (64, 32, 4, 2) if share > 1 else (64, 32 if mma_sync else 64, 8, 1),
             two_simplicial_bwd_dkv: (32, 64, 8, 2) if mma_sync else (32, 64, 4, 1),
         }
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[kernel], strict=True))
@@ -419,12 +439,14 @@ def _variants() -> list[Variant]:
     for arch, dtype, head_dim in itertools.product(
         ("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32"), (32, 64, 128, 256)
     ):
-        one_token_too = dtype != "fp32" and head_dim in (64, 128)
-        for kernel in (two_simplicial_fwd, two_simplicial_bwd_dq, two_simplicial_bwd_dkv):
-            for one_token in (0, 1) if one_token_too else (0,):
-                key = {"dtype": dtype, "HEAD_DIM": head_dim, "ONE_TOKEN": one_token}
-                table.append(Variant(kernel, arch, key, _tile(kernel, arch, dtype, head_dim, one_token)))
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
+        shares = [1]
+        if dtype != "fp32" and head_dim in (64, 128):
+            shares = [1, 8, 64] if arch == "sm90a" else [1, 64]  # where 8 was measured to pay
+        for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
+            table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
+        # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
+        table.append(Variant(two_simplicial_bwd_dkv, arch, key, _tile(two_simplicial_bwd_dkv, arch, dtype, head_dim)))
         for kernel in (two_simplicial_bwd_merge, two_simplicial_bwd_sum):
             table.append(Variant(kernel, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
     return table

@@ -28,7 +28,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """`two_simplicial_fwd-dtype=bf16-HEAD_DIM=128-ONE_TOKEN=0-sm90a`, in files, manifest, errors and profiles."""
+        """`two_simplicial_fwd-dtype=bf16-HEAD_DIM=128-SHARE=1-sm90a`, in files, manifest, errors and profiles."""
         return "-".join([self.family, *(f"{k}={v}" for k, v in self.key.items()), self.arch])
 
     @property
