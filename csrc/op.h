@@ -34,8 +34,8 @@ bool same_dtype(const Tensor& a, const Tensor& b);
 bool same_device(const Tensor& a, const Tensor& b);
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
-// The checks that most ops share, in the words of simplex_ops/_checks.py: shape (with where it comes from), dtype, dtype
-// and device of another argument, a floating dtype that the kernels of t's device read.
+// The checks that most ops share, in the words of simplex_ops/_checks.py: shape (with where it comes from), dtype,
+// dtype and device of another argument, a floating dtype that the kernels of t's device read.
 void expect_sizes(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
                   const char* origin);
 void expect_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype);

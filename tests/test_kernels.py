@@ -83,7 +83,7 @@ for variant in build.all_variants():
     if variant.name in sys.argv[2:]:
         print(variant.name, hashlib.sha256(build.compile_variant(variant)[0]).hexdigest())
 """
-    families = {row["family"]: row for row in manifest["kernels"] if row["key"]["HEAD_DIM"] == 32}
+    families = {row["family"]: row for row in manifest["kernels"] if row["key"].get("HEAD_DIM", 32) == 32}
     command = [sys.executable, "-c", script, str(tmp_path / "cache"), *(row["name"] for row in families.values())]
     env = environment(PYTHONPATH=str(tmp_path / "elsewhere"))
     built = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()

@@ -1,0 +1,390 @@
+// Routing tokens to a layer (arXiv 2511.21408): which ones, and there and back. simplex_ops/routing.py has the
+// equations.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "elements.h"
+#include "kernel.h"
+#include "op.h"
+
+namespace simplex {
+
+namespace {
+
+constexpr int64_t kMost = int64_t{1} << 31;
+
+// ---- topk_route and threshold_route
+
+// The fakes (simplex_ops/routing.py) check the same in the same words.
+void check_scores(const char* op, const Tensor& scores) {
+  SIMPLEX_EXPECT(scores.dim() == 2, op, "scores to be 2-dimensional [batch, length], got ", scores.dim(),
+                 " dimensions");
+  const ScalarType dtype = scores.scalar_type();
+  SIMPLEX_EXPECT(
+      dtype == ScalarType::Float || (dtype == ScalarType::Double && scores.is_cpu()), op,
+      scores.is_cpu() ? "scores to be float32 or float64 on cpu, got " : "scores to be float32 on cuda, got ",
+      dtype_string(scores));
+  SIMPLEX_EXPECT(scores.size(1) < kMost, op, "the length of scores to be below 2^31, got ", scores.size(1));
+}
+
+// A number that sorts as a score does, NaN with -inf and -0 with 0.
+template <class W>
+auto image(W score) {
+  using Bits = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
+  if (score == 0) score = 0;
+  if (std::isnan(score)) score = -std::numeric_limits<W>::infinity();
+  Bits bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits < 0 ? static_cast<Bits>(bits ^ std::numeric_limits<Bits>::max()) : bits;
+}
+
+template <class W>
+void topk_cpu(const Tensor& scores, int64_t k, Tensor& idx, Tensor& mask) {
+  const int64_t B = scores.size(0), T = scores.size(1);
+  const W* from = elements<W>(scores);
+  int32_t* const to_idx = mutable_elements<int32_t>(idx);
+  bool* const to_mask = mutable_elements<bool>(mask);
+  torch::stable::parallel_for(0, B, 1, [&](int64_t b, int64_t end) {
+    std::vector<decltype(image(W{}))> images(T), order(T);
+    for (; b < end; ++b) {
+      std::transform(from + b * T, from + (b + 1) * T, images.begin(), image<W>);
+      order = images;
+      std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
+      const auto least = order[k - 1];
+      int64_t ties = k - std::count_if(images.begin(), images.end(), [&](auto x) { return x > least; });
+      int32_t* next = to_idx + b * k;
+      for (int64_t t = 0; t < T; ++t) {
+        const bool chosen = images[t] > least || (images[t] == least && ties-- > 0);
+        to_mask[b * T + t] = chosen;
+        if (chosen) *next++ = static_cast<int32_t>(t);
+      }
+    }
+  });
+}
+
+template <class W>
+void threshold_cpu(const Tensor& scores, double threshold, Tensor& idx, Tensor& count) {
+  const int64_t T = scores.size(1), cap = idx.size(1);
+  const W* from = elements<W>(scores);
+  for (int64_t b = 0; b < scores.size(0); ++b) {
+    int32_t* const row = mutable_elements<int32_t>(idx) + b * cap;
+    int64_t found = 0;
+    for (int64_t t = 0; t < T && found < cap; ++t) {
+      if (from[b * T + t] >= static_cast<W>(threshold)) row[found++] = static_cast<int32_t>(t);
+    }
+    std::fill(row + found, row + cap, -1);
+    mutable_elements<int32_t>(count)[b] = static_cast<int32_t>(found);
+  }
+}
+
+const KernelFamily kTopK("route_topk", {});
+const KernelFamily kThreshold("route_threshold", {});
+
+std::tuple<Tensor, Tensor> topk_route(const Tensor& scores, int64_t k) {
+  constexpr const char* op = "topk_route";
+  check_scores(op, scores);
+  const int64_t B = scores.size(0), T = scores.size(1);
+  SIMPLEX_EXPECT(k >= 1 && k <= T, op, "k to be from 1 to the length of scores (", T, "), got ", k);
+  Tensor idx = empty_like_device(scores, {B, k}, ScalarType::Int);
+  Tensor mask = empty_like_device(scores, {B, T}, ScalarType::Bool);
+  if (B == 0) return {idx, mask};
+  const Tensor s = packed(scores);
+  if (scores.is_cpu()) {
+    s.scalar_type() == ScalarType::Double ? topk_cpu<double>(s, k, idx, mask) : topk_cpu<float>(s, k, idx, mask);
+  } else {
+    const int device = s.get_device_index();
+    launch(kTopK.find(device, {}), device, current_cuda_stream(device), {static_cast<unsigned>(B), 1, 1},
+           {{"scores_ptr", s.const_data_ptr()},
+            {"idx_ptr", idx.const_data_ptr()},
+            {"mask_ptr", mask.const_data_ptr()},
+            {"length", static_cast<int32_t>(T)},
+            {"k", static_cast<int32_t>(k)}});
+  }
+  return {idx, mask};
+}
+
+std::tuple<Tensor, Tensor> threshold_route(const Tensor& scores, double threshold, int64_t cap) {
+  constexpr const char* op = "threshold_route";
+  check_scores(op, scores);
+  SIMPLEX_EXPECT(!std::isnan(threshold), op, "threshold to be a number, got nan");
+  SIMPLEX_EXPECT(cap >= 1, op, "cap to be at least 1, got ", cap);
+  SIMPLEX_EXPECT(cap < kMost, op, "cap to be below 2^31, got ", cap);
+  const int64_t B = scores.size(0);
+  Tensor idx = empty_like_device(scores, {B, cap}, ScalarType::Int);
+  Tensor count = empty_like_device(scores, {B}, ScalarType::Int);
+  if (B == 0) return {idx, count};
+  const Tensor s = packed(scores);
+  if (scores.is_cpu()) {
+    s.scalar_type() == ScalarType::Double ? threshold_cpu<double>(s, threshold, idx, count)
+                                          : threshold_cpu<float>(s, threshold, idx, count);
+  } else {
+    const int device = s.get_device_index();
+    launch(kThreshold.find(device, {}), device, current_cuda_stream(device), {static_cast<unsigned>(B), 1, 1},
+           {{"scores_ptr", s.const_data_ptr()},
+            {"idx_ptr", idx.const_data_ptr()},
+            {"count_ptr", count.const_data_ptr()},
+            {"length", static_cast<int32_t>(scores.size(1))},
+            {"cap", static_cast<int32_t>(cap)},
+            {"threshold", static_cast<float>(threshold)}});
+  }
+  return {idx, count};
+}
+
+// ---- route_gather and route_scatter_add
+
+// rows [B, T, D] and what they are routed by.
+struct Route {
+  Tensor idx;  // packed [B, k]
+  int64_t B, T, D, k;
+
+  int64_t slots() const { return B * k; }
+};
+
+Route checked(const char* op, const char* name, const Tensor& rows, const Tensor& idx) {
+  SIMPLEX_EXPECT(rows.dim() == 3, op, name, " to be 3-dimensional [batch, length, dim], got ", rows.dim(),
+                 " dimensions");
+  expect_floating(op, name, rows);
+  SIMPLEX_EXPECT(rows.is_cpu() || rows.size(2) % 8 == 0, op, "the last dim of ", name,
+                 " to be a multiple of 8 on cuda, got ", rows.size(2));
+  SIMPLEX_EXPECT(idx.dim() == 2, op, "idx to be 2-dimensional [batch, slots], got ", idx.dim(), " dimensions");
+  expect_sizes(op, "idx", idx, {rows.size(0), idx.size(1)}, "batch, slots");
+  expect_dtype(op, "idx", idx, ScalarType::Int);
+  expect_device(op, "idx", idx, name, rows);
+  Route r{packed(idx), rows.size(0), rows.size(1), rows.size(2), idx.size(1)};
+  if (rows.is_cpu()) {
+    const int32_t* const values = elements<int32_t>(r.idx);
+    for (int64_t i = 0; i < r.slots(); ++i) {
+      SIMPLEX_EXPECT(values[i] >= -1 && values[i] < r.T, op, "idx to be -1 or an index below the length of ", name,
+                     " (", r.T, "), got ", values[i]);
+    }
+  } else {
+    SIMPLEX_EXPECT(r.slots() < kMost, op, "batch * slots of idx to be below 2^31, got ", r.slots());
+    SIMPLEX_EXPECT(r.T < kMost && r.D < kMost / 2, op, "the length and last dim of ", name, " to be below 2^30, got ",
+                   shape_string(rows));
+  }
+  return r;
+}
+
+// Calls work(slot, row) for every slot that is not empty, then empty(slot) for those that are.
+template <class Work, class Empty>
+void for_slots(const Route& r, Work work, Empty empty) {
+  const int32_t* const idx = elements<int32_t>(r.idx);
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(r.D, 1));
+  torch::stable::parallel_for(0, r.slots(), grain, [&](int64_t slot, int64_t end) {
+    for (; slot < end; ++slot) idx[slot] >= 0 ? work(slot, slot / r.k * r.T + idx[slot]) : empty(slot);
+  });
+}
+
+struct Launch {
+  int device;
+  void* stream;
+  std::array<unsigned, 3> per_slot;
+  int32_t length, slots, dim;
+
+  explicit Launch(const Route& r)
+      : device(r.idx.get_device_index()),
+        stream(current_cuda_stream(device)),
+        per_slot{static_cast<unsigned>(r.slots()), 1, 1},
+        length(static_cast<int32_t>(r.T)),
+        slots(static_cast<int32_t>(r.k)),
+        dim(static_cast<int32_t>(r.D)) {}
+};
+
+const KernelFamily kGather("route_gather_rows", {"dtype"});
+const KernelFamily kScatter("route_scatter_rows", {"dtype"});
+const KernelFamily kScatterAdd("route_scatter_add_rows", {"dtype"});
+const KernelFamily kScatterAddBackward("route_scatter_add_bwd", {"dtype"});
+
+// Moves rows whatever is in them: one kernel for every dtype of that width.
+void move_cuda(const KernelFamily& family, const Route& r, const Tensor& from, Tensor& to) {
+  const Launch l(r);
+  const DType width = from.scalar_type() == ScalarType::Float ? DType::fp32 : DType::fp16;
+  launch(family.find(l.device, {static_cast<int64_t>(width)}), l.device, l.stream, l.per_slot,
+         {{"from_ptr", from.const_data_ptr()},
+          {"idx_ptr", r.idx.const_data_ptr()},
+          {"to_ptr", to.const_data_ptr()},
+          {"length", l.length},
+          {"slots", l.slots},
+          {"dim", l.dim}});
+}
+
+Tensor route_gather(const Tensor& x, const Tensor& idx) {
+  const Route r = checked("route_gather", "x", x, idx);
+  Tensor y = empty_like_device(x, {r.B, r.k, r.D}, x.scalar_type());
+  if (y.numel() == 0) return y;
+  const Tensor from = packed(x);
+  if (!x.is_cpu()) {
+    move_cuda(kGather, r, from, y);
+    return y;
+  }
+  dispatch_floating(x, [&](auto element) {
+    using In = decltype(element);
+    const In* const rows = elements<In>(from);
+    In* const to = mutable_elements<In>(y);
+    for_slots(
+        r, [&](int64_t slot, int64_t row) { std::copy_n(rows + row * r.D, r.D, to + slot * r.D); },
+        [&](int64_t slot) { std::fill_n(to + slot * r.D, r.D, In(0.0f)); });
+  });
+  return y;
+}
+
+Tensor route_gather_backward(const Tensor& grad_y, const Tensor& x, const Tensor& idx) {
+  constexpr const char* op = "route_gather_backward";
+  const Route r = checked(op, "x", x, idx);
+  expect_sizes(op, "grad_y", grad_y, {r.B, r.k, r.D}, "batch, slots of idx, last dim of x");
+  expect_like(op, "grad_y", grad_y, "x", x);
+  Tensor grad_x = empty_like_device(x, {r.B, r.T, r.D}, x.scalar_type());
+  torch::stable::zero_(grad_x);
+  if (grad_x.numel() == 0 || grad_y.numel() == 0) return grad_x;
+  const Tensor from = packed(grad_y);
+  if (!x.is_cpu()) {
+    move_cuda(kScatter, r, from, grad_x);
+    return grad_x;
+  }
+  dispatch_floating(x, [&](auto element) {
+    using In = decltype(element);
+    const In* const rows = elements<In>(from);
+    In* const to = mutable_elements<In>(grad_x);
+    for_slots(
+        r, [&](int64_t slot, int64_t row) { std::copy_n(rows + slot * r.D, r.D, to + row * r.D); }, [](int64_t) {});
+  });
+  return grad_x;
+}
+
+void check_update(const char* op, const Route& r, const char* name, const Tensor& rows, const Tensor& y,
+                  const std::optional<Tensor>& gate) {
+  expect_sizes(op, "y", y, {r.B, r.k, r.D}, "batch, slots of idx, dim");
+  expect_like(op, "y", y, name, rows);
+  if (!gate) return;
+  expect_sizes(op, "gate", *gate, {r.B, r.k}, "that of idx");
+  expect_dtype(op, "gate", *gate, wide_dtype(rows));
+  expect_device(op, "gate", *gate, name, rows);
+}
+
+Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx, const std::optional<Tensor>& gate) {
+  constexpr const char* op = "route_scatter_add";
+  const Route r = checked(op, "base", base, idx);
+  check_update(op, r, "base", base, y, gate);
+  Tensor out = empty_like_device(base, {r.B, r.T, r.D}, base.scalar_type());
+  torch::stable::copy_(out, base);
+  if (out.numel() == 0 || r.slots() == 0) return out;
+  const Tensor update = packed(y), scale = gate ? packed(*gate) : Tensor();
+  if (!base.is_cpu()) {
+    const Launch l(r);
+    launch(kScatterAdd.find(l.device, {dtype_constant(base)}), l.device, l.stream, l.per_slot,
+           {{"out_ptr", out.const_data_ptr()},
+            {"y_ptr", update.const_data_ptr()},
+            {"idx_ptr", r.idx.const_data_ptr()},
+            {"gate_ptr", gate ? scale.const_data_ptr() : nullptr},
+            {"length", l.length},
+            {"slots", l.slots},
+            {"dim", l.dim},
+            {"has_gate", static_cast<int32_t>(gate.has_value())}});
+    return out;
+  }
+  dispatch_floating(base, [&](auto element) {
+    using In = decltype(element);
+    using W = Wide<In>;
+    const In* const from = elements<In>(update);
+    const W* const gates = gate ? elements<W>(scale) : nullptr;
+    In* const to = mutable_elements<In>(out);
+    for_slots(
+        r,
+        [&](int64_t slot, int64_t row) {
+          const W g = gates ? gates[slot] : W(1);
+          for (int64_t d = 0; d < r.D; ++d) {
+            to[row * r.D + d] = static_cast<In>(W(to[row * r.D + d]) + g * W(from[slot * r.D + d]));
+          }
+        },
+        [](int64_t) {});
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad_out, const Tensor& y,
+                                                              const Tensor& idx, const std::optional<Tensor>& gate) {
+  constexpr const char* op = "route_scatter_add_backward";
+  const Route r = checked(op, "grad_out", grad_out, idx);
+  check_update(op, r, "grad_out", grad_out, y, gate);
+  Tensor grad_base = empty_like_device(grad_out, {r.B, r.T, r.D}, grad_out.scalar_type());
+  torch::stable::copy_(grad_base, grad_out);
+  Tensor grad_y = empty_like_device(grad_out, {r.B, r.k, r.D}, grad_out.scalar_type());
+  // Without a gate nobody asks for its gradient.
+  Tensor grad_gate = empty_like_device(grad_out, {gate ? r.B : 0, gate ? r.k : 0}, wide_dtype(grad_out));
+  if (r.D == 0 && gate) torch::stable::zero_(grad_gate);
+  if (grad_y.numel() == 0) return {grad_base, grad_y, grad_gate};
+  const Tensor rows = packed(grad_out), update = packed(y), scale = gate ? packed(*gate) : Tensor();
+  if (!grad_out.is_cpu()) {
+    const Launch l(r);
+    launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream, l.per_slot,
+           {{"grad_out_ptr", rows.const_data_ptr()},
+            {"y_ptr", update.const_data_ptr()},
+            {"idx_ptr", r.idx.const_data_ptr()},
+            {"gate_ptr", gate ? scale.const_data_ptr() : nullptr},
+            {"grad_y_ptr", grad_y.const_data_ptr()},
+            {"grad_gate_ptr", gate ? grad_gate.const_data_ptr() : nullptr},
+            {"length", l.length},
+            {"slots", l.slots},
+            {"dim", l.dim},
+            {"has_gate", static_cast<int32_t>(gate.has_value())}});
+    return {grad_base, grad_y, grad_gate};
+  }
+  dispatch_floating(grad_out, [&](auto element) {
+    using In = decltype(element);
+    using W = Wide<In>;
+    const In *const from = elements<In>(rows), *const of_y = elements<In>(update);
+    const W* const gates = gate ? elements<W>(scale) : nullptr;
+    In* const to = mutable_elements<In>(grad_y);
+    W* const to_gate = gate ? mutable_elements<W>(grad_gate) : nullptr;
+    for_slots(
+        r,
+        [&](int64_t slot, int64_t row) {
+          const W g = gates ? gates[slot] : W(1);
+          double dot = 0;
+          for (int64_t d = 0; d < r.D; ++d) {
+            const W e = from[row * r.D + d];
+            to[slot * r.D + d] = static_cast<In>(g * e);
+            dot += static_cast<double>(e) * static_cast<double>(of_y[slot * r.D + d]);
+          }
+          if (to_gate) to_gate[slot] = static_cast<W>(dot);
+        },
+        [&](int64_t slot) {
+          std::fill_n(to + slot * r.D, r.D, In(0.0f));
+          if (to_gate) to_gate[slot] = 0;
+        });
+  });
+  return {grad_base, grad_y, grad_gate};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
+  m.def("topk_route(Tensor scores, SymInt k) -> (Tensor idx, Tensor mask)");
+  m.def("threshold_route(Tensor scores, float threshold, SymInt cap) -> (Tensor idx, Tensor count)");
+  m.def("route_gather(Tensor x, Tensor idx) -> (Tensor y)");
+  m.def("route_gather_backward(Tensor grad_y, Tensor x, Tensor idx) -> (Tensor grad_x)");
+  m.def("route_scatter_add(Tensor base, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor out)");
+  m.def(
+      "route_scatter_add_backward(Tensor grad_out, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor grad_base, "
+      "Tensor grad_y, Tensor grad_gate)");
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("topk_route", TORCH_BOX(&topk_route));
+  m.impl("threshold_route", TORCH_BOX(&threshold_route));
+  m.impl("route_gather", TORCH_BOX(&route_gather));
+  m.impl("route_gather_backward", TORCH_BOX(&route_gather_backward));
+  m.impl("route_scatter_add", TORCH_BOX(&route_scatter_add));
+  m.impl("route_scatter_add_backward", TORCH_BOX(&route_scatter_add_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) { implement(m); }
+
+}  // namespace simplex

@@ -1,0 +1,129 @@
+"""Runs the Triton kernels of routing and the surprise gate in Triton's interpreter and asserts what they compute.
+
+A program of its own, started by test_routing_kernels.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
+"""
+
+import sys
+
+import reference
+import torch
+
+from triton_kernels import routing, surprise_gate
+
+NAN = float("nan")
+
+
+def check_gate(batch, length, dim, window, dtype=torch.float32):
+    x_in = torch.randn(batch, length, dim)
+    rows = [x.to(dtype) for x in (x_in, x_in + torch.randn_like(x_in), x_in + 0.7 * torch.randn_like(x_in))]
+    beta_ce, beta_cu, o_ce, m_cu = numbers = [torch.tensor(p) for p in (0.55, 0.44, 1.025, 1.1)]
+    e = torch.randn(batch, length)
+    leaves = [x.double().requires_grad_() for x in (*rows, *numbers)]
+    truth = reference.surprise_gate(*leaves, window)
+    truth = [*truth, *torch.autograd.grad(truth[0], leaves, e.double())]
+
+    g, d_st, ce, cu, grad_ce, grad_cu = torch.full((6, batch, length), NAN)
+    pointers = {f"{name}_ptr": x for name, x in zip(("x_in", "x_post", "x_prior"), rows, strict=True)}
+    surprise_gate.surprise_gate_rows[(batch * length,)](
+        **pointers, o_ce_ptr=o_ce, d_st_ptr=d_st, ce_ptr=ce, dim=dim, BLOCK_D=16
+    )
+    blocks = -(-length // 8) * batch
+    surprise_gate.surprise_gate_fwd[(blocks,)](
+        d_st_ptr=d_st, ce_ptr=ce, beta_ce_ptr=beta_ce, beta_cu_ptr=beta_cu, m_cu_ptr=m_cu, cu_ptr=cu, g_ptr=g,
+        length=length, window=window, BLOCK_T=8,
+    )  # fmt: skip
+    parts, grads = torch.full((4, blocks), NAN), [torch.full((1,), NAN) for _ in range(4)]
+    surprise_gate.surprise_gate_bwd[(blocks,)](
+        grad_g_ptr=e, d_st_ptr=d_st, ce_ptr=ce, cu_ptr=cu, beta_ce_ptr=beta_ce, beta_cu_ptr=beta_cu, grad_ce_ptr=grad_ce,
+        grad_cu_ptr=grad_cu, parts_ptr=parts, length=length, window=window, BLOCK_T=8,
+    )  # fmt: skip
+    surprise_gate.surprise_gate_bwd_sum[(1,)](
+        parts_ptr=parts, o_ce_ptr=o_ce, grad_beta_ce_ptr=grads[0], grad_beta_cu_ptr=grads[1], grad_o_ce_ptr=grads[2],
+        grad_m_cu_ptr=grads[3], num_parts=blocks, BLOCK=4,
+    )  # fmt: skip
+    grad_rows = [torch.full((batch, length, dim), NAN, dtype=dtype) for _ in range(3)]
+    surprise_gate.surprise_gate_bwd_rows[(batch * length,)](
+        **pointers, grad_ce_ptr=grad_ce, grad_cu_ptr=grad_cu, grad_in_ptr=grad_rows[0], grad_post_ptr=grad_rows[1],
+        grad_prior_ptr=grad_rows[2], dim=dim, BLOCK_D=16,
+    )  # fmt: skip
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    for actual, expected in zip((g, d_st, ce, cu, *grad_rows, *(x[0] for x in grads)), truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
+def check_choice(scores, k, cap, threshold):
+    batch, length = scores.shape
+    idx, mask = torch.full((batch, k), -9, dtype=torch.int32), torch.full((batch, length), 9, dtype=torch.int8)
+    routing.route_topk[(batch,)](scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, length=length, k=k, BLOCK=16)
+    expected_idx, expected_mask = reference.topk_route(scores, k)
+    assert torch.equal(idx, expected_idx), (scores, idx, expected_idx)
+    assert torch.equal(mask, expected_mask.to(torch.int8))
+    idx, count = torch.full((batch, cap), -9, dtype=torch.int32), torch.full((batch,), -9, dtype=torch.int32)
+    routing.route_threshold[(batch,)](
+        scores_ptr=scores, idx_ptr=idx, count_ptr=count, length=length, cap=cap, threshold=threshold, BLOCK=16
+    )
+    expected_idx, expected_count = reference.threshold_route(scores, threshold, cap)
+    assert torch.equal(idx, expected_idx)
+    assert torch.equal(count, expected_count)
+
+
+def check_moves(dtype, gated):
+    batch, length, slots, dim = 2, 9, 6, 24
+    x, y = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, slots, dim).to(dtype)
+    gate = torch.rand(batch, slots)
+    idx = torch.stack([torch.randperm(length)[:slots].sort().values for _ in range(batch)]).to(torch.int32)
+    idx[0, 5], idx[1, 5] = -1, length  # the second is an error that must not touch memory
+    legal = torch.where(idx < length, idx, -1)
+    sizes = {"idx_ptr": idx, "length": length, "slots": slots, "dim": dim, "BLOCK_D": 16}
+    grid = (batch * slots,)
+
+    gathered = torch.full((batch, slots, dim), NAN, dtype=dtype)
+    routing.route_gather_rows[grid](from_ptr=x, to_ptr=gathered, **sizes)
+    assert torch.equal(gathered, reference.route_gather(x, legal))
+    scattered = torch.zeros_like(x)
+    routing.route_scatter_rows[grid](from_ptr=y, to_ptr=scattered, **sizes)
+    assert torch.equal(scattered, reference.route_scatter_add(torch.zeros_like(x), y, legal))
+
+    leaves = [t.double().requires_grad_() for t in (x, y, gate)]
+    truth = reference.route_scatter_add(*leaves[:2], legal, leaves[2] if gated else None)
+    grad = torch.randn(truth.shape).to(dtype)
+    truth_grads = torch.autograd.grad(truth, leaves[1 : 3 if gated else 2], grad.double())
+    out, grad_y, grad_gate = x.clone(), torch.full_like(y, NAN), torch.full_like(gate, NAN)
+    routing.route_scatter_add_rows[grid](out_ptr=out, y_ptr=y, gate_ptr=gate, has_gate=int(gated), **sizes)
+    routing.route_scatter_add_bwd[grid](
+        grad_out_ptr=grad,
+        y_ptr=y,
+        gate_ptr=gate,
+        grad_y_ptr=grad_y,
+        grad_gate_ptr=grad_gate,
+        has_gate=int(gated),
+        **sizes,
+    )
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    for actual, expected in zip((out, grad_y, grad_gate), (truth.detach(), *truth_grads), strict=False):
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    assert gated or grad_gate.isnan().all()
+
+
+CASES = {
+    "gate": lambda: check_gate(2, 21, 24, 5),
+    "gate, long window": lambda: check_gate(1, 17, 40, 100),
+    "gate, window 1": lambda: check_gate(3, 1, 8, 1),
+    "gate, fp16": lambda: check_gate(2, 9, 40, 9, torch.float16),
+    "choice": lambda: [check_choice(torch.randn(2, 37), k, 10, 0.3) for k in (1, 18, 37)],
+    "choice, ties": lambda: [check_choice(torch.randn(2, 37).round(), k, 40, 0.0) for k in (1, 18, 37)],
+    "choice, constant": lambda: [check_choice(torch.full((1, 33), 0.757), k, 5, 0.757) for k in (1, 16, 33)],
+    "choice, special": lambda: [
+        check_choice(torch.tensor([[0.0, NAN, -0.0, 1e-45, -torch.inf, torch.inf, -1e-45, NAN, 3e38]] * 2), k, 4, 0.0)
+        for k in range(1, 10)
+    ],
+    "choice, nothing valid": lambda: [
+        check_choice(torch.full((1, 5), x), 3, 2, 0.0) for x in (NAN, -torch.inf, torch.inf)
+    ],
+    "moves": lambda: [check_moves(torch.float32, gated) for gated in (False, True)],
+    "moves, fp16": lambda: [check_moves(torch.float16, gated) for gated in (False, True)],
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(7)
+    CASES[sys.argv[1]]()
