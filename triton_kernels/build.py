@@ -83,9 +83,10 @@ def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
     attrs = {(names.index(name),): [["tt.divisibility", by]] for name, _, by in parameters if by > 1}
     source_type = GluonASTSource if isinstance(variant.function, GluonJITFunction) else ASTSource
     source = source_type(variant.function, signature={n: signature[n] for n in names}, constexprs=constants, attrs=attrs)
+    # No multiply-add is fused unless a kernel says tl.fma: a sum over lanes must not depend on which factor a lane holds.
     launch_options = {k: v for k, v in variant.tile.items() if k in ("num_warps", "num_stages")}
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", variant.capability, 32), options={"enable_fp_fusion": True, **launch_options}
+        source, target=GPUTarget("cuda", variant.capability, 32), options={"enable_fp_fusion": False, **launch_options}
     )
     meta = compiled.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:

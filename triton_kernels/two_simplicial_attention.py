@@ -137,13 +137,13 @@ def two_simplicial_fwd(
             new_max = tl.maximum(row_max, tl.max(s, 1) * to_exponent)
             # A row that has seen no valid pair yet keeps a maximum of -inf; 0 in its place avoids -inf - -inf.
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = tl.exp2(s * to_exponent - safe_max[:, None])
+            p = tl.exp2(tl.fma(s, to_exponent, -safe_max[:, None]))
             alpha = tl.exp2(row_max - safe_max)
             row_sum = row_sum * alpha + tl.sum(p, 1)
             row_max = new_max
             pv = tl.dot(p.to(v.dtype), v, input_precision="tf32x3")  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
-            acc = acc * alpha[:, None] + pv * _expand(v_short, BLOCK_M).to(tl.float32)
+            acc = tl.fma(pv, _expand(v_short, BLOCK_M).to(tl.float32), acc * alpha[:, None])
 
     q_head = batch * kv_heads * group + kv_head * group + head
     out_ptrs = _row_ptrs(out_ptr, (batch * num_queries + token) * kv_heads * group + kv_head * group + head, head_dim, d)
@@ -233,7 +233,7 @@ def two_simplicial_bwd_dq(
                 v = tl.load(_row_ptrs(v_long_ptr, n, stride_vln, d), mask=n_mask, other=0.0)
                 s = tl.dot(qk, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
                 dp = tl.dot(gv, tl.trans(v), input_precision="tf32x3")
-                p = tl.exp2(s * to_exponent - lse2[:, None])
+                p = tl.exp2(tl.fma(s, to_exponent, -lse2[:, None]))
                 ds = p * (dp - delta[:, None])
                 if (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long) | (offset > first_pos):
                     valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
@@ -241,7 +241,9 @@ def two_simplicial_bwd_dq(
                     ds = tl.where(valid, tl.where(single[:, None], -delta[:, None], ds), 0.0)
                 ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
                 p_v = tl.dot(p.to(v.dtype), v, p_v, input_precision="tf32x3")
-            grad_q += _expand(k_short, BLOCK_M).to(tl.float32) * ds_k
+            grad_q = tl.fma(_expand(k_short, BLOCK_M).to(tl.float32), ds_k, grad_q)
+            # These products must be rounded before they are added up (see build.py on fusion): every lane that holds a sum
+            # then holds the same bits.
             part_dk = _sum_runs(q.to(tl.float32) * ds_k, short.shape[0])
             part_dv = _sum_runs(grad_out.to(tl.float32) * p_v, short.shape[0])
             part_k_ptrs = _row_ptrs(part_k_ptr, short - offset - part_start, head_dim, d)
@@ -362,7 +364,7 @@ def two_simplicial_bwd_dkv(
             gv = grad_out * v_short
             s_t = tl.dot(k, tl.trans(qk), input_precision="tf32x3")  # [BLOCK_N, BLOCK_M]
             dp_t = tl.dot(v, tl.trans(gv), input_precision="tf32x3")
-            p_t = tl.exp2(s_t * to_exponent - lse2[None, :])
+            p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
             if at_edge | (offset > first_pos):
                 valid = (n[:, None] <= pos[None, :]) & (n[:, None] > pos[None, :] - w_long) & (pos[None, :] >= offset)
