@@ -51,15 +51,16 @@ def route_topk(
         candidate = least + (tl.full([], 1, tl.int64) << (31 - i))
         count = _count_from(scores_ptr, candidate.to(tl.int32), length, BLOCK)
         least = tl.where(count >= k, candidate, least)
-    # No score's image is the largest int32 (that would be a NaN), so least + 1 fits.
-    ties_wanted = k - _count_from(scores_ptr, (least + 1).to(tl.int32), length, BLOCK)
+    bar = least.to(tl.int32)
+    # No score's image is the largest int32 (that would be a NaN), so bar + 1 fits.
+    ties_wanted = k - _count_from(scores_ptr, bar + 1, length, BLOCK)
     ties = tl.full([], 0, tl.int32)
     placed = tl.full([], 0, tl.int32)
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        image = _load_images(scores_ptr, t, length).to(tl.int64)
-        tie = ((image == least) & (t < length)).to(tl.int32)
-        chosen = (image > least) & (t < length) | (tie != 0) & (ties + tl.cumsum(tie, 0) <= ties_wanted)
+        image = _load_images(scores_ptr, t, length)
+        tie = ((image == bar) & (t < length)).to(tl.int32)
+        chosen = (image > bar) & (t < length) | (tie != 0) & (ties + tl.cumsum(tie, 0) <= ties_wanted)
         slot = placed + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(idx_ptr + row * k + slot, t, mask=chosen)
         tl.store(mask_ptr + row * length + t, chosen.to(tl.int8), mask=t < length)

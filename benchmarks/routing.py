@@ -1,0 +1,78 @@
+"""Speed of routing and of the surprise gate next to plain torch and to a copy of the same bytes, in one run.
+
+    python benchmarks/routing.py [--device cpu|cuda] [--out benchmarks/results]
+
+"of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from common import RESULTS, median_ms, write
+
+import simplex_ops
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import reference
+
+SIZES = {"cpu": (2, 1024, 512, torch.float32), "cuda": (8, 4096, 2048, torch.bfloat16)}  # batch, length, dim
+CHOICE = {"cpu": (8, 4096, 2048), "cuda": (64, 4096, 2048)}  # batch, length, k
+
+
+def copy_rate(numel: int, dtype: torch.dtype, device: str) -> float:
+    """Bytes per ms of a copy of `numel` elements, read and written."""
+    source = torch.randn(numel, device=device).to(dtype)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device)
+
+
+def choice(device: str) -> dict:
+    batch, length, k = CHOICE[device]
+    scores = torch.rand(batch, length, device=device)
+    ours = median_ms(lambda: simplex_ops.topk_route(scores, k), device)
+    torchs = median_ms(lambda: torch.topk(scores, k).indices.sort().values, device)
+    return {"op": "topk_route", "us": 1e3 * ours, "over topk + sort": torchs / ours}
+
+
+def moves(device: str) -> list[dict]:
+    batch, length, dim, dtype = SIZES[device]
+    x = torch.randn(batch, length, dim, device=device).to(dtype)
+    idx, _ = simplex_ops.topk_route(torch.rand(batch, length, device=device), length // 2)
+    y, gate = simplex_ops.route_gather(x, idx), torch.rand(batch, length // 2, device=device)
+    rate = copy_rate(x.numel(), dtype, device)
+    calls = {
+        "route_gather": (lambda: simplex_ops.route_gather(x, idx), 2 * y.nbytes),
+        "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
+    }
+    times = {name: median_ms(call, device) for name, (call, _) in calls.items()}
+    return [{"op": n, "us": 1e3 * t, "of copy": calls[n][1] / t / rate} for n, t in times.items()]
+
+
+def gate(device: str) -> dict:
+    batch, length, dim, dtype = SIZES[device]
+    rows = [torch.randn(batch, length, dim, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    numbers = [torch.tensor(p, device=device, requires_grad=True) for p in (0.55, 0.44, 1.025, 1.1)]
+    grad = torch.randn(batch, length, device=device)
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(*rows, *numbers, 100)[0], [*rows, *numbers], grad)
+
+    ours, eager = (median_ms(step(f), device) for f in (simplex_ops.surprise_gate, reference.surprise_gate))
+    return {"op": "surprise_gate, forward + backward", "us": 1e3 * ours, "over eager": eager / ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    rows = [choice(args.device), *moves(args.device), gate(args.device)]
+    for row in rows:
+        print("  ".join(f"{name} {value:.2f}" if name != "op" else f"{value:<36}" for name, value in row.items()))
+    print(write("routing", args.device, rows, args.out))
+
+
+if __name__ == "__main__":
+    main()
