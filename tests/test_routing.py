@@ -245,6 +245,26 @@ def test_compile(device):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.gpu
+def test_cuda_graph():
+    x, scores = torch.randn(2, 50, 16, device="cuda"), torch.rand(2, 50, device="cuda")
+    numbers = torch.tensor([0.55, 0.44, 1.025, 1.1], device="cuda").unbind()
+
+    def step():
+        out = routed(x, scores, 20)
+        return out, simplex_ops.surprise_gate(x, out, x, *numbers)[0], threshold_route(scores, 0.5, 30)[0]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        x.copy_(torch.randn(2, 50, 16))
+        scores.copy_(torch.rand(2, 50))
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_export(device):
     class Routed(torch.nn.Module):
         def forward(self, x, scores):
