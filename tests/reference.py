@@ -127,3 +127,45 @@ def route_scatter_add(base, y, idx, gate=None):
     update = update * (idx >= 0)[..., None].to(update.dtype)
     into = idx.clamp(min=0).long()[..., None].expand_as(update)
     return base.to(update.dtype).scatter_add(1, into, update).to(base.dtype)
+
+
+def plucker_mean(z, offsets, valid=None, smallest_sine=1e-6):
+    """pbar_t = mean over the offsets with t - offset >= 0 (and both tokens valid) of p / |p|, where p holds the minors
+    z_{t,i} z_{t-offset,j} - z_{t,j} z_{t-offset,i}, i < j; 0 for a pair that spans no plane, and where nothing is paired.
+
+    z [B, L, r] -> [B, L, r (r - 1) / 2]. Tokens are normalised first, so that |p| is the sine of their angle.
+    """
+    x = z.to(wide(z.dtype))
+    norm = x.norm(dim=-1, keepdim=True)
+    u = torch.where(norm == 0, 0, x / torch.where(norm == 0, 1, norm))
+    i, j = torch.triu_indices(z.shape[-1], z.shape[-1], 1, device=z.device)
+    valid = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if valid is None else valid
+    total, count = x.new_zeros(*z.shape[:2], len(i)), x.new_zeros(*z.shape[:2], 1)
+    for offset in offsets:
+        earlier = _earlier(u, offset)
+        counts = (valid & _earlier(valid, offset))[..., None]
+        p = u[..., i] * earlier[..., j] - u[..., j] * earlier[..., i]
+        square = p.square().sum(-1, keepdim=True)
+        spans = counts & (square > smallest_sine**2)
+        total = total + torch.where(spans, p / torch.where(spans, square, 1).sqrt(), 0)
+        count = count + counts
+    return (total / count.clamp(min=1)).to(z.dtype)
+
+
+def grassmann_mix(z, weight, bias, offsets, valid=None, bias_everywhere=False):
+    """g_t = W pbar_t + b, without b where nothing is paired unless bias_everywhere."""
+    g = plucker_mean(z, offsets, valid) @ weight.mT
+    if bias is None:
+        return g
+    if bias_everywhere:
+        return g + bias
+    with torch.no_grad():
+        valid = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if valid is None else valid
+        pairs = [valid & _earlier(valid, offset) for offset in offsets]
+    return g + bias * torch.stack(pairs).any(0)[..., None]
+
+
+def _earlier(x, offset):
+    """Row t - offset of x [B, L, ...] at t, zeros before the first."""
+    offset = min(offset, x.shape[1])
+    return torch.cat([torch.zeros_like(x[:, :offset]), x[:, : x.shape[1] - offset]], 1)

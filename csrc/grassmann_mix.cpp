@@ -1,0 +1,130 @@
+// Grassmann mixing: the mean of the Pluecker vectors (plucker_mean.h), then one matrix product.
+//
+// The backward pass computes the mean anew, which is cheap beside the products, so that nothing but z is saved for it.
+#include <algorithm>
+
+#include "plucker_mean.h"
+
+namespace simplex {
+namespace {
+
+using torch::stable::detail::from;
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+Tensor flat(const Tensor& t, int64_t rows) { return torch::stable::view(t, {rows, t.size(-1)}); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// t *= factor
+void scale(const Tensor& t, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{from(t), from(factor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // owns the reference that the call returns
+}
+
+// out = a @ b. Not the functional form: the backward pass may run in a region of autocast, which would cast that one.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+struct GrassmannMix {
+  PluckerMean front;
+  int64_t d;
+};
+
+// The fake kernels (simplex_ops/grassmann_mix.py) check the same in the same words.
+GrassmannMix checked(const char* op, const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                     const std::optional<Tensor>& cu_seqlens) {
+  const PluckerMean front = checked_plucker_mean(op, z, offsets, valid, cu_seqlens);
+  SIMPLEX_EXPECT(weight.dim() == 2, op, "weight to be 2-dimensional [d, r * (r - 1) / 2], got ", weight.dim(),
+                 " dimensions");
+  const int64_t d = weight.size(0);
+  expect_sizes(op, "weight", weight, {d, front.planes()}, "its own d, r * (r - 1) / 2 for the r of z");
+  expect_like(op, "weight", weight, "z", z);
+  if (bias) {
+    expect_sizes(op, "bias", *bias, {d}, "d of weight");
+    expect_like(op, "bias", *bias, "z", z);
+  }
+  return {front, d};
+}
+
+// The mean [B, L, P] and where there is one [B, L, 1].
+std::pair<Tensor, Tensor> front_end(const PluckerMean& p) {
+  Tensor pbar = empty_like_device(p.z, {p.B, p.L, p.planes()}, p.dtype);
+  Tensor seen = empty_like_device(p.z, {p.B, p.L, 1}, p.dtype);
+  plucker_mean_forward(p, pbar, seen);
+  return {pbar, seen};
+}
+
+Tensor grassmann_mix(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                     const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
+  const auto [p, d] = checked("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens);
+  if (p.tokens() * d == 0) return empty_like_device(z, {p.B, p.L, d}, p.dtype);
+  const auto [pbar, seen] = front_end(p);
+  Tensor g = linear(pbar, weight, bias);
+  if (bias && !bias_everywhere) {
+    if (p.valid) {
+      scale(g, seen);
+    } else {  // then the tokens without a pair are the first ones of each sequence
+      const int64_t smallest = *std::min_element(offsets.begin(), offsets.end());
+      Tensor without = torch::stable::narrow(g, 1, 0, std::min(smallest, p.L));
+      torch::stable::zero_(without);
+    }
+  }
+  return g;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Tensor& weight,
+                                 const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                                 const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
+  constexpr const char* op = "grassmann_mix_backward";
+  const auto [p, d] = checked(op, z, weight, std::nullopt, offsets, valid, cu_seqlens);
+  expect_sizes(op, "grad_g", grad_g, {p.B, p.L, d}, "batch and length of z, d of weight");
+  expect_like(op, "grad_g", grad_g, "z", z);
+
+  Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
+  Tensor grad_weight = empty_like_device(z, {d, p.planes()}, p.dtype);
+  Tensor grad_bias = empty_like_device(z, {d}, p.dtype);
+  auto [pbar, seen] = front_end(p);
+  if (bias_everywhere) torch::stable::fill_(seen, 1.0);
+  const Tensor grad = flat(packed(grad_g), p.tokens()), mean = flat(pbar, p.tokens());
+  multiply(transposed(grad), mean, grad_weight);
+  multiply(transposed(grad), flat(seen, p.tokens()), torch::stable::view(grad_bias, {d, 1}));
+  multiply(grad, weight, mean);  // no longer needed: its buffer takes its gradient
+  plucker_mean_backward(p, pbar, grad_z);
+  return {grad_z, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
+  m.def(
+      "grassmann_mix(Tensor z, Tensor weight, Tensor? bias, int[] offsets, Tensor? valid=None, "
+      "Tensor? cu_seqlens=None, bool bias_everywhere=False) -> (Tensor g)");
+  m.def(
+      "grassmann_mix_backward(Tensor grad_g, Tensor z, Tensor weight, int[] offsets, Tensor? valid=None, "
+      "Tensor? cu_seqlens=None, bool bias_everywhere=False) -> (Tensor grad_z, Tensor grad_weight, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
+  m.impl("grassmann_mix", TORCH_BOX(&grassmann_mix));
+  m.impl("grassmann_mix_backward", TORCH_BOX(&grassmann_mix_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
+  m.impl("grassmann_mix", TORCH_BOX(&grassmann_mix));
+  m.impl("grassmann_mix_backward", TORCH_BOX(&grassmann_mix_backward));
+}
+
+}  // namespace simplex

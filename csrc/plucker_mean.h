@@ -1,0 +1,38 @@
+// Grassmann mixing (arXiv 2512.19428): the checked front end that plucker_mean and grassmann_mix share.
+#pragma once
+
+#include <vector>
+
+#include "op.h"
+
+namespace simplex {
+
+// Below this sine of the angle between two tokens their plane is rounding noise: the pair contributes 0, but counts.
+constexpr double kSmallestSine = 1e-6;
+constexpr int64_t kMaxRank = 128;
+
+struct PluckerMean {
+  Tensor z;                      // packed() [B, L, r]
+  std::optional<Tensor> valid;   // packed() [B, L] bool
+  std::vector<int64_t> offsets;  // those below L, in the caller's order: no other pairs anything
+  int64_t B, L, r;
+  ScalarType dtype;
+
+  int64_t tokens() const { return B * L; }
+  int64_t planes() const { return r * (r - 1) / 2; }
+};
+
+PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
+                                 const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens);
+
+// pbar: packed() [B, L, P]. seen: packed() [B, L] of z's dtype, 1 where N_t > 0 and 0 elsewhere. Both are written
+// whole.
+void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen);
+// grad_pbar: packed() [B, L, P]. grad_z: packed() [B, L, r], written whole.
+void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);
+
+// The same on the CPU (plucker_mean_cpu.cpp).
+void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);
+void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);
+
+}  // namespace simplex

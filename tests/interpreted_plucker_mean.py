@@ -1,0 +1,61 @@
+"""Runs the Triton kernels of plucker_mean in Triton's interpreter and prints their errors as JSON.
+
+A program of its own, started by test_plucker_mean.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
+"""
+
+import json
+import sys
+
+import torch
+from grassmann import draw, truth_of
+
+from triton_kernels import plucker_mean as kernels
+
+
+def run(problem, head_dim, block):
+    """pbar, seen and dz, by the launches that csrc/plucker_mean.cpp makes."""
+    z, valid = problem.inputs["z"], problem.valid
+    batch, length, r = z.shape
+    kept = [offset for offset in problem.offsets if offset < length]
+    offsets = torch.full((-(-len(kept) // 8) * 8,), -1, dtype=torch.int32)
+    for first in range(0, len(kept), 8):
+        group = (kept[first : first + 8] + [0] * 8)[:8]
+        kernels.plucker_mean_offsets[(1,)](offsets, first, **{f"o{i}": offset for i, offset in enumerate(group)})
+    shared = dict(
+        z_ptr=z, valid_ptr=z if valid is None else valid.to(torch.int8), offsets_ptr=offsets, num_tokens=batch * length,
+        length=length, r=r, num_offsets=len(kept), has_valid=int(valid is not None), HEAD_DIM=head_dim, BLOCK_T=block,
+    )  # fmt: skip
+    grid = (-(-batch * length // block),)
+
+    def nan(*shape, dtype=torch.float32):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    pbar, seen = nan(batch, length, r * (r - 1) // 2, dtype=z.dtype), nan(batch, length, dtype=z.dtype)
+    kernels.plucker_mean_fwd[grid](pbar_ptr=pbar, seen_ptr=seen, **shared)
+    own, share, grad_z = nan(*z.shape), nan(*z.shape), nan(*z.shape, dtype=z.dtype)
+    kernels.plucker_mean_bwd_token[grid](grad_pbar_ptr=problem.grad, own_ptr=own, share_ptr=share, **shared)
+    kernels.plucker_mean_bwd_gather[grid](own_ptr=own, share_ptr=share, grad_z_ptr=grad_z, **shared)
+    return pbar, seen, grad_z
+
+
+def errors_of(head_dim=16, dtype="float32", **case):
+    block = case.pop("block")
+    torch.manual_seed(7)
+    problem = draw(mix=False, dtype=getattr(torch, dtype), **case)
+    pbar, seen, grad_z = run(problem, head_dim, block)
+    position = torch.arange(pbar.shape[1])
+    valid = torch.ones(pbar.shape[:2], dtype=torch.bool) if problem.valid is None else problem.valid
+    counted = torch.zeros_like(valid)
+    for offset in problem.offsets:
+        counted |= valid & valid.roll(offset, 1) & (position >= offset)
+    truth = truth_of(problem)
+    errors = {"seen": (seen.double() - counted.double()).abs().max().item()}
+    for name, actual in {"out": pbar, "grad_z": grad_z}.items():
+        # r = 2: pbar is a sign, and its gradient is what rounding leaves of the incoming one.
+        size = truth[name].norm() if problem.inputs["z"].shape[-1] > 2 else problem.grad.double().norm()
+        errors[name] = ((actual.double() - truth[name]).norm() / (size + 1e-30)).item()
+    return errors
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: errors_of(**case) for name, case in json.loads(sys.argv[1]).items()}))
