@@ -114,7 +114,7 @@ CASES = {
     "choice, ties": lambda: [check_choice(torch.randn(2, 37).round(), k, 40, 0.0) for k in (1, 18, 37)],
     "choice, constant": lambda: [check_choice(torch.full((1, 33), 0.757), k, 5, 0.757) for k in (1, 16, 33)],
     "choice, special": lambda: [
-        check_choice(torch.tensor([[0.0, NAN, -0.0, 1e-45, -torch.inf, torch.inf, -1e-45, NAN, 3e38]] * 2), k, 4, 0.0)
+        check_choice(torch.tensor([[-0.0, NAN, 0.0, 1e-45, -torch.inf, torch.inf, -1e-45, NAN, 3e38]] * 2), k, 4, 0.0)
         for k in range(1, 10)
     ],
     "choice, nothing valid": lambda: [
