@@ -13,20 +13,6 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-void expect_like_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  SIMPLEX_EXPECT(same_dtype(t, q), op, name, " to have the dtype of q (", dtype_string(q), "), got ", dtype_string(t));
-  SIMPLEX_EXPECT(same_device(t, q), op, name, " to have the device of q (", device_string(q), "), got ",
-                 device_string(t));
-}
-
-void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                  const char* origin) {
-  SIMPLEX_EXPECT(has_shape(t, shape), op, name, " to have shape ", shape_string(shape), " (", origin, "), got ",
-                 shape_string(t));
-}
-
-ScalarType lse_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
 // The fake kernels (simplex_ops/two_simplicial_attention.py) check the same in the same words.
 TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
                                const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale, bool determinant,
@@ -44,8 +30,8 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
                            k1.size(1), q.size(2), k1.size(2), q.size(3), w1, w2,        0.0};
   for (size_t i = 1; i < tensors.size(); ++i) {
     const auto& [name, t] = tensors[i];
-    expect_shape(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
-    expect_like_q(op, name, *t, q);
+    expect_sizes(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
+    expect_like(op, name, *t, "q", q);
   }
   p.dtype = q.scalar_type();
   const ScalarType third = q.is_cpu() ? ScalarType::Double : ScalarType::Half;
@@ -77,17 +63,6 @@ const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DI
 const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM"});
 
-DType dtype_key(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return DType::fp16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      return DType::fp32;
-  }
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The axes by what the kernels do with them: the shorter window's is walked by offset, the other's by tiles.
@@ -117,7 +92,7 @@ struct Launch {
         axes(p),
         device(p.q.get_device_index()),
         stream(current_cuda_stream(device)),
-        dtype(static_cast<int64_t>(dtype_key(p.dtype))),
+        dtype(dtype_constant(p.q)),
         head_dim(32),
         rows(p.Nq * p.group()) {
     while (head_dim < p.D) head_dim *= 2;
@@ -316,7 +291,7 @@ Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor
                                  bool determinant, const std::optional<Tensor>& cu_seqlens) {
   const auto p = checked("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
   Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, p.dtype);
-  Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, lse_dtype(p.dtype));
+  Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, wide_dtype(q));
   if (out.numel() == 0) return {out, lse};
   q.is_cpu() ? forward_cpu(p, out, lse) : forward_cuda(p, out, lse);
   return {out, lse};
@@ -330,16 +305,14 @@ Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::o
   constexpr const char* op = "two_simplicial_attention_backward";
   const auto p = checked(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
   for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
-    expect_shape(op, name, *t, {p.B, p.Nq, p.Hq, p.D}, "that of q");
-    expect_like_q(op, name, *t, q);
+    expect_sizes(op, name, *t, {p.B, p.Nq, p.Hq, p.D}, "that of q");
+    expect_like(op, name, *t, "q", q);
   }
   for (const auto& [name, t] : {std::pair{"grad_lse", grad_lse ? &*grad_lse : nullptr}, {"lse", &lse}}) {
     if (!t) continue;
-    expect_shape(op, name, *t, {p.B, p.Hq, p.Nq}, "batch, heads, length of q");
-    SIMPLEX_EXPECT(t->scalar_type() == lse_dtype(p.dtype), op, name, " to have dtype ",
-                   torch::headeronly::toString(lse_dtype(p.dtype)), ", got ", dtype_string(*t));
-    SIMPLEX_EXPECT(same_device(*t, q), op, name, " to have the device of q (", device_string(q), "), got ",
-                   device_string(*t));
+    expect_sizes(op, name, *t, {p.B, p.Hq, p.Nq}, "batch, heads, length of q");
+    expect_dtype(op, name, *t, wide_dtype(q));
+    expect_device(op, name, *t, "q", q);
   }
 
   TwoSimplicialGrads grads;

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ._checks import dtype_name, expect, expect_device, expect_dtype, expect_like, expect_sizes, wide_dtype
 from ._library import register_flops
 
 _DTYPES = {
@@ -128,7 +129,7 @@ def _forward_fake(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=wide_dtype(q))
 
 
 @torch.library.register_fake("simplex::two_simplicial_attention_backward")
@@ -151,24 +152,18 @@ def _backward_fake(
     op = "two_simplicial_attention_backward"
     _check(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
     for name, x in {"grad_out": grad_out, "out": out}.items():
-        _expect_shape(op, name, x, tuple(q.shape), "that of q")
-        _expect_like_q(op, name, x, q)
+        expect_sizes(op, name, x, tuple(q.shape), "that of q")
+        expect_like(op, name, x, "q", q)
     for name, statistic in (("grad_lse", grad_lse), ("lse", lse)):
         if statistic is not None:
-            _expect_shape(op, name, statistic, _lse_shape(q), "batch, heads, length of q")
-            wanted = "Double" if q.dtype == torch.float64 else "Float"
-            got = _dtype_name(statistic)
-            _expect(op, statistic.dtype == _lse_dtype(q), f"{name} to have dtype {wanted}, got {got}")
-            _expect_device(op, name, statistic, q)
+            expect_sizes(op, name, statistic, _lse_shape(q), "batch, heads, length of q")
+            expect_dtype(op, name, statistic, wide_dtype(q))
+            expect_device(op, name, statistic, "q", q)
     return tuple(x.new_empty(x.shape) for x in (q, k1, k2, v1, v2))
 
 
 def _lse_shape(q: Tensor) -> tuple[int, int, int]:
     return q.shape[0], q.shape[2], q.shape[1]
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -184,59 +179,32 @@ def _check(
     determinant: bool,
     cu_seqlens: Tensor | None,
 ) -> None:
-    _expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
-    _expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
+    expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
+    expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
     keys = {"k1": k1, "k2": k2, "v1": v1, "v2": v2}
     for name, x in (("q", q), ("k1", k1)):
         wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
-        _expect(op, x.dim() == 4, wanted)
+        expect(op, x.dim() == 4, wanted)
 
     batch, length, heads, dim = q.shape
     _, kv_length, kv_heads, _ = k1.shape
     for name, x in keys.items():
-        _expect_shape(
+        expect_sizes(
             op, name, x, (batch, kv_length, kv_heads, dim), "batch of q, its own length, kv heads, head_dim of q"
         )
-        _expect_like_q(op, name, x, q)
+        expect_like(op, name, x, "q", q)
     names, dtypes = _DTYPES.get(q.device.type, ("", (q.dtype,)))
-    _expect(op, q.dtype in dtypes, f"q to be {names} on {q.device.type}, got {_dtype_name(q)}")
+    expect(op, q.dtype in dtypes, f"q to be {names} on {q.device.type}, got {dtype_name(q)}")
     head_dim = f"the head_dim of q to be a multiple of 8 up to 256, got {dim}"
     for condition in (dim % 8 == 0, dim >= 8, dim <= 256):
-        _expect(op, condition, head_dim)
+        expect(op, condition, head_dim)
     multiple = f"the heads of q to be a multiple of the heads of k1 ({kv_heads}), got {heads}"
-    _expect(op, kv_heads >= 1, multiple)
-    _expect(op, heads % kv_heads == 0, multiple)
-    _expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
+    expect(op, kv_heads >= 1, multiple)
+    expect(op, heads % kv_heads == 0, multiple)
+    expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
     for name, w in (("w1", w1), ("w2", w2)):
-        _expect(op, w >= 1, f"{name} to be at least 1, got {w}")
-    _expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")
-
-
-def _expect(op: str, condition: bool, what: str) -> None:
-    """torch._check, because the condition may be symbolic: then it becomes a guard, not a constant."""
-    torch._check(condition, lambda: f"{op}: expected {what}")
-
-
-def _expect_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], origin: str) -> None:
-    what = f"{name} to have shape {list(shape)} ({origin}), got {list(x.shape)}"
-    _expect(op, x.dim() == len(shape), what)
-    for size, wanted in zip(x.shape, shape, strict=True):
-        _expect(op, size == wanted, what)
-
-
-def _expect_like_q(op: str, name: str, x: Tensor, q: Tensor) -> None:
-    dtypes = f"{name} to have the dtype of q ({_dtype_name(q)}), got {_dtype_name(x)}"
-    _expect(op, x.dtype == q.dtype, dtypes)
-    _expect_device(op, name, x, q)
-
-
-def _expect_device(op: str, name: str, x: Tensor, q: Tensor) -> None:
-    _expect(op, x.device == q.device, f"{name} to have the device of q ({q.device}), got {x.device}")
-
-
-def _dtype_name(x: Tensor) -> str:
-    """BFloat16, Float: as C++ prints it."""
-    return x.type().rpartition(".")[2].removesuffix("Tensor")
+        expect(op, w >= 1, f"{name} to be at least 1, got {w}")
+    expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")
 
 
 def valid_pairs(length: int, kv_length: int, w1: int, w2: int) -> int:
