@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simplex_ops.models import DecoderConfig, DecoderLM
+from simplex_ops.models import DecoderConfig, DecoderLM, GrassmannLM
 from simplex_ops.nn import GrassmannMixing
 
 # Torch says on every use that TorchScript is deprecated; C++ programs without Python still need it.
@@ -47,13 +47,9 @@ def test_layer_is_its_equation(device):
 
 
 def test_number_of_parameters():
-    """With this layer the paper's stated model has 12,607,168 parameters: 6 post-norm layers, d 256, r 32, 128 learned
-    positions, 30,522 tokens, a tied head. (13,001,920 is that with one more d x d projection in each layer.)"""
-    d, mixing = 256, sum(x.numel() for x in GrassmannMixing(256, 32).parameters())
-    assert mixing == d * (32 + 496 + 2 * d + 2) + 32
-    norm, mlp = 2 * d, 2 * d * 4 * d + 4 * d + d
-    assert 6 * (mixing + mlp + 2 * norm) + (30522 + 128) * d + norm == 12_607_168
-    assert 12_607_168 + 6 * (d * d + d) == 13_001_920
+    assert sum(x.numel() for x in GrassmannMixing(256, 32).parameters()) == 256 * (32 + 496 + 2 * 256 + 2) + 32
+    assert sum(x.numel() for x in GrassmannLM().parameters()) == 12_607_168
+    assert 12_607_168 + 6 * (256 * 256 + 256) == 13_001_920  # the figure with one more projection in each layer
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
@@ -124,3 +120,58 @@ def test_export_with_dynamic_sizes():
     for batch, length in ((2, 20), (1, 7), (5, 41)):
         tokens = torch.randint(256, (batch, length))
         torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+# GrassmannLM
+
+
+def small_lm(**changes):
+    return GrassmannLM(**{"vocab_size": 64, "dim": 48, "rank": 9, "depth": 3, "max_length": 40, **changes})
+
+
+def test_lm_is_its_equation(device):
+    model = small_lm(offsets=(1, 3, 9), one_offset_per_layer=True).to(device)
+    tokens = torch.randint(64, (2, 30), device=device)
+    x = model.embedding.weight[tokens] + model.positions.weight[:30]
+    for layer, offset in zip(model.layers, (1, 3, 9), strict=True):
+        assert layer.mixing.offsets == [offset]
+        h = F.layer_norm(explicit(layer.mixing, x), (48,))
+        x = F.layer_norm(h + layer.mlp[2](F.gelu(layer.mlp[0](h))), (48,))
+    want = F.layer_norm(x, (48,)) @ model.embedding.weight.T
+    torch.testing.assert_close(model(tokens), want, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_lm_decodes_what_it_sees_whole(device, chunks):
+    model = small_lm().to(device)
+    tokens = torch.randint(64, (2, 40), device=device)
+    cache, position, outputs = model.new_cache(2), 0, []
+    for count in chunks:
+        outputs.append(model(tokens[:, position : position + count], cache, position))
+        position += count
+    torch.testing.assert_close(torch.cat(outputs, 1), model(tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_lm_learns(device):
+    model = small_lm().to(device)
+    tokens = torch.arange(8, device=device).repeat(4, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    assert loss.item() < 0.5
+
+
+def test_lm_scripts():
+    model = small_lm()
+    tokens = torch.randint(64, (2, 20))
+    torch.testing.assert_close(torch.jit.script(model)(tokens), model(tokens))
+
+
+def test_lm_refuses():
+    with pytest.raises(ValueError, match=r"GrassmannLM: expected an offset for each of 3 layers, got \[1, 2\]"):
+        small_lm(offsets=(1, 2), one_offset_per_layer=True)
