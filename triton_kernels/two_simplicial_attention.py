@@ -129,7 +129,7 @@ def two_simplicial_fwd(
         at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
-            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M / SHARE, HEAD_DIM]
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
             s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
             if at_edge | (offset > first_pos):
                 valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
@@ -220,7 +220,7 @@ def two_simplicial_bwd_dq(
         grad_q = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
-            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M / SHARE, HEAD_DIM]
+            k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * _expand(k_short, BLOCK_M)
             gv = grad_out * _expand(v_short, BLOCK_M)
