@@ -3,7 +3,7 @@
 Both models have the same number of parameters and see the same bytes in the same order: the sources of the Python
 standard library. Run `make demo`, or with simplex_ops and matplotlib installed:
 
-    python examples/train_lm.py --seconds 90 --out demo_out
+    python examples/train_lm.py --seconds 60 --out demo_out
 
 The output folder gets both validation curves (curves.png, curves.json), a sample, and the trained model as an
 AOTInductor package, a TorchScript file and a state_dict, which `reload_lm.py` checks in a fresh process.
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mixers = [name for name in layer_names() if not name.startswith("sdpa")]
     parser.add_argument("--mixer", choices=mixers, default="two_simplicial", help="mixer of every fourth layer")
-    parser.add_argument("--seconds", type=float, default=90.0, help="time for training both models")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
