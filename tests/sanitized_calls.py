@@ -1,8 +1,9 @@
 """Every family of kernels on small shapes, forward and backward, for NVIDIA's compute-sanitizer (needs a GPU):
 
-    compute-sanitizer --tool memcheck|racecheck|synccheck --error-exitcode 1 python tests/sanitized_calls.py [DTYPE D ...]
+    compute-sanitizer --tool memcheck|racecheck|synccheck --error-exitcode 1 python tests/sanitized_calls.py SYSTEM [DTYPE D ...]
 
-racecheck takes minutes: give it one dtype and the head dims 64 (both tile modes), 32 and 256, a process each.
+SYSTEM is simplicial, grassmann or routing. racecheck takes minutes: give it one dtype, and for the simplicial system the
+head dims 64 (both tile modes), 32 and 256, a process each.
 """
 
 import itertools
@@ -23,20 +24,53 @@ SHAPES = [
 ]
 
 
+def differentiate(outputs, leaves):
+    outputs = [x for x in outputs if x.requires_grad]
+    torch.autograd.backward(outputs, [torch.randn_like(x) for x in outputs])
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+def simplicial(dtype, dims):
+    for dim, (n_q, n_k, heads, kv_heads, w1, w2) in itertools.product(dims or [32, 64, 72, 128, 256], SHAPES):
+        q = torch.randn(1, n_q, heads, dim, device="cuda", dtype=dtype, requires_grad=True)
+        keys = [torch.randn(1, n_k, kv_heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(4)]
+        outputs = simplex_ops.two_simplicial_attention(q, *keys, w1, w2, return_lse=True)
+        differentiate(outputs, [q, *keys])
+        yield dim, n_q, n_k, heads, kv_heads, w1, w2
+
+
+def grassmann(dtype, dims):
+    for r, length in itertools.product(dims or [2, 7, 32, 65, 128], (1, 37)):
+        z = torch.randn(2, length, r, device="cuda", dtype=dtype, requires_grad=True)
+        weight = torch.randn(24, r * (r - 1) // 2, device="cuda", dtype=dtype, requires_grad=True)
+        valid = torch.rand(2, length, device="cuda") < 0.7
+        for mask in (None, valid):
+            differentiate([simplex_ops.grassmann_mix(z, weight, None, (1, 2, 4, 40), valid=mask)], [z, weight])
+            differentiate([simplex_ops.plucker_mean(z, (1, 1, 5), valid=mask)], [z])
+        yield r, length
+
+
+def routing(dtype, dims):
+    for dim, length in itertools.product(dims or [8, 72, 520], (1, 101, 1030)):
+        rows = [torch.randn(2, length, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+        numbers = [torch.tensor(p, device="cuda", requires_grad=True) for p in (0.55, 0.44, 1.025, 1.1)]
+        gate = simplex_ops.surprise_gate(*rows, *numbers)[0]
+        differentiate([gate], [*rows, *numbers])
+        idx, _ = simplex_ops.topk_route(gate.detach(), (length + 1) // 2)
+        simplex_ops.threshold_route(gate.detach(), 0.75, length)
+        y = simplex_ops.route_gather(rows[0], idx)
+        weights = torch.rand(idx.shape, device="cuda", requires_grad=True)
+        differentiate([simplex_ops.route_scatter_add(rows[1], y, idx, weights)], [rows[0], rows[1], weights])
+        yield dim, length
+
+
 def main() -> None:
     torch.manual_seed(0)
-    dtypes = [getattr(torch, name) for name in sys.argv[1:2]] or [torch.bfloat16, torch.float16, torch.float32]
-    dims = [int(dim) for dim in sys.argv[2:]] or [32, 64, 72, 128, 256]
-    for dtype, dim in itertools.product(dtypes, dims):
-        for n_q, n_k, heads, kv_heads, w1, w2 in SHAPES:
-            q = torch.randn(1, n_q, heads, dim, device="cuda", dtype=dtype, requires_grad=True)
-            keys = [
-                torch.randn(1, n_k, kv_heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(4)
-            ]
-            out, lse = simplex_ops.two_simplicial_attention(q, *keys, w1, w2, return_lse=True)
-            torch.autograd.backward([out, lse], [torch.randn_like(out), torch.randn_like(lse)])
-            assert all(x.grad.isfinite().all() for x in (q, *keys))
-            print(dtype, dim, n_q, n_k, heads, kv_heads, w1, w2, f"{time.perf_counter():.1f} s", flush=True)
+    system = {f.__name__: f for f in (simplicial, grassmann, routing)}[sys.argv[1]]
+    dtypes = [getattr(torch, name) for name in sys.argv[2:3]] or [torch.bfloat16, torch.float16, torch.float32]
+    for dtype in dtypes:
+        for case in system(dtype, [int(dim) for dim in sys.argv[3:]]):
+            print(dtype, *case, f"{time.perf_counter():.1f} s", flush=True)
     print("done")
 
 

@@ -122,6 +122,9 @@ def all_variants() -> list[Variant]:
     for module in pkgutil.iter_modules(triton_kernels.__path__):
         variants += getattr(importlib.import_module(f"triton_kernels.{module.name}"), "VARIANTS", [])
     archs = [a for a in os.environ.get("SIMPLEX_ARCHS", "").split(",") if a]
+    unknown = set(archs) - {str(v.capability) for v in variants}
+    if unknown:
+        raise ValueError(f"expected SIMPLEX_ARCHS to list numbers like 80,90, got {sorted(unknown)}, which no variant is for")
     variants = [v for v in variants if not archs or str(v.capability) in archs]
     names = [v.name for v in variants]
     duplicates = {n for n in names if names.count(n) > 1}
