@@ -72,7 +72,7 @@ Tensor grassmann_mix(const Tensor& z, const Tensor& weight, const std::optional<
   const auto [pbar, seen] = front_end(p);
   Tensor g = linear(pbar, weight, bias);
   if (bias && !bias_everywhere) {
-    if (p.valid) {
+    if (p.valid || p.starts) {
       scale(g, seen);
     } else {  // then the tokens without a pair are the first ones of each sequence
       const int64_t smallest = *std::min_element(offsets.begin(), offsets.end());

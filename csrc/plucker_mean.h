@@ -14,11 +14,14 @@ constexpr int64_t kMaxRank = 128;
 struct PluckerMean {
   Tensor z;                      // packed() [B, L, r]
   std::optional<Tensor> valid;   // packed() [B, L] bool
+  std::optional<Tensor> starts;  // packed() cu_seqlens, [S + 1] int32: no pair crosses a sequence's start; B is 1
   std::vector<int64_t> offsets;  // those below L, in the caller's order: no other pairs anything
   int64_t B, L, r;
   ScalarType dtype;
 
   int64_t tokens() const { return B * L; }
+  // Those packed into the one row of z, 0 if z is not packed.
+  int64_t sequences() const { return starts ? starts->size(0) - 1 : 0; }
   int64_t planes() const { return r * (r - 1) / 2; }
 };
 

@@ -21,9 +21,13 @@ def run(problem, head_dim, block):
     for first in range(0, len(kept), 8):
         group = (kept[first : first + 8] + [0] * 8)[:8]
         kernels.plucker_mean_offsets[(1,)](offsets, first, **{f"o{i}": offset for i, offset in enumerate(group)})
+    starts = problem.cu_seqlens
+    sequences = 0 if starts is None else len(starts) - 1
     shared = dict(
-        z_ptr=z, valid_ptr=z if valid is None else valid.to(torch.int8), offsets_ptr=offsets, num_tokens=batch * length,
-        length=length, r=r, num_offsets=len(kept), has_valid=int(valid is not None), HEAD_DIM=head_dim, BLOCK_T=block,
+        z_ptr=z, cu_seqlens_ptr=z if starts is None else starts, num_sequences=sequences,
+        search_steps=max(0, sequences - 1).bit_length(), valid_ptr=z if valid is None else valid.to(torch.int8),
+        offsets_ptr=offsets, num_tokens=batch * length, length=length, r=r, num_offsets=len(kept),
+        has_valid=int(valid is not None), HEAD_DIM=head_dim, BLOCK_T=block,
     )  # fmt: skip
     grid = (-(-batch * length // block),)
 
@@ -44,6 +48,9 @@ def errors_of(head_dim=16, dtype="float32", **case):
     problem = draw(mix=False, dtype=getattr(torch, dtype), **case)
     pbar, seen, grad_z = run(problem, head_dim, block)
     position = torch.arange(pbar.shape[1])
+    if problem.cu_seqlens is not None:
+        starts = problem.cu_seqlens
+        position = position - starts[torch.searchsorted(starts, position, right=True, out_int32=True) - 1]
     valid = torch.ones(pbar.shape[:2], dtype=torch.bool) if problem.valid is None else problem.valid
     counted = torch.zeros_like(valid)
     for offset in problem.offsets:

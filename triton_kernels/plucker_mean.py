@@ -76,6 +76,25 @@ def _angle(u, v):
 
 
 @triton.jit
+def _sequence(cu_seqlens_ptr, token, mask, length, num_sequences, search_steps):
+    """First token of each token's sequence, and the one after its last."""
+    first = token - token % length
+    end = first + length
+    if num_sequences != 0:  # packed into one row of `length` tokens: the last sequence that starts at or before the token
+        low = tl.zeros_like(token)
+        high = low + num_sequences
+        for _ in range(0, search_steps):
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens_ptr + middle, mask=mask, other=0) <= token
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        # Bounded, so that wrong values, which nobody can see without waiting for the GPU, read no foreign memory.
+        first = tl.maximum(tl.load(cu_seqlens_ptr + low, mask=mask, other=0), 0)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + low + 1, mask=mask, other=0), length)
+    return first, end
+
+
+@triton.jit
 def _is_valid(valid_ptr, token, mask, has_valid):
     if has_valid != 0:
         mask = mask & (tl.load(valid_ptr + token, mask=mask, other=0) != 0)
@@ -84,14 +103,14 @@ def _is_valid(valid_ptr, token, mask, has_valid):
 
 @triton.jit
 def _mean_direction(
-    z_ptr, valid_ptr, offsets_ptr, token, token_ok, u, length, r, num_offsets, has_valid, R: tl.constexpr
+    z_ptr, valid_ptr, offsets_ptr, token, token_ok, u, first, r, num_offsets, has_valid, R: tl.constexpr
 ):
     """Y [BLOCK_T, R] and N [BLOCK_T]."""
     mean = tl.zeros_like(u)
     count = tl.zeros_like(tl.sum(u, 1))
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token - offset, token_ok & (token % length >= offset), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, token_ok & (token - first >= offset), has_valid)
         v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, R))
         _, _, _, direction = _angle(u, v)
         mean += direction  # 0 where the pair is not one: v is 0 there
@@ -113,6 +132,7 @@ def _planes(ptr, token, token_ok, r, R: tl.constexpr):
 def plucker_mean_fwd(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     pbar_ptr: "*dtype:16",
     seen_ptr: "*dtype:16",
@@ -121,6 +141,8 @@ def plucker_mean_fwd(
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -129,8 +151,9 @@ def plucker_mean_fwd(
     token_ok = token < num_tokens
     u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, length, r, num_offsets, has_valid, HEAD_DIM
+        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
     )
     pbar = u[:, :, None] * mean[:, None, :] - mean[:, :, None] * u[:, None, :]  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
     to, mask = _planes(pbar_ptr, token, token_ok, r, HEAD_DIM)
@@ -142,6 +165,7 @@ def plucker_mean_fwd(
 def plucker_mean_bwd_token(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     grad_pbar_ptr: "*dtype:16",
     own_ptr: "*fp32:16",
@@ -151,6 +175,8 @@ def plucker_mean_bwd_token(
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -159,8 +185,9 @@ def plucker_mean_bwd_token(
     token_ok = token < num_tokens
     u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, length, r, num_offsets, has_valid, HEAD_DIM
+        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
     )
     at, mask = _planes(grad_pbar_ptr, token, active & (count > 0), r, HEAD_DIM)
     upper = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
@@ -170,7 +197,7 @@ def plucker_mean_bwd_token(
     h = h / tl.maximum(count, 1.0)[:, None]
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token - offset, active & (token % length >= offset), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
         v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, HEAD_DIM))
         cosine, sine, spans, direction = _angle(u, v)
         beta = tl.sum(direction * h, 1)[:, None]
@@ -187,6 +214,7 @@ def plucker_mean_bwd_token(
 def plucker_mean_bwd_gather(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     own_ptr: "*fp32:16",
     share_ptr: "*fp32:16",
@@ -196,6 +224,8 @@ def plucker_mean_bwd_gather(
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -204,10 +234,11 @@ def plucker_mean_bwd_gather(
     token_ok = token < num_tokens
     v, largest, norm = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    _first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     grad = _rows(own_ptr, token, r, token_ok, HEAD_DIM)
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token + offset, active & (token % length < length - offset), has_valid)
+        pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
         u, _, _ = _normalize(_rows(z_ptr, token + offset, r, pairs, HEAD_DIM))
         _, sine, spans, direction = _angle(u, v)
         share = _rows(share_ptr, token + offset, r, pairs, HEAD_DIM)
