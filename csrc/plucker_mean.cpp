@@ -84,14 +84,14 @@ class Launch {
                              {"cu_seqlens_ptr", (p_.starts ? *p_.starts : p_.z).const_data_ptr()},
                              {"offsets_ptr", offsets_.const_data_ptr()}};
     args.insert(args.end(), pointers);
-    args.insert(args.end(), {{"num_tokens", static_cast<int32_t>(p_.tokens())},
+    args.insert(args.end(), {{"num_tokens", static_cast<int32_t>(p_.outputs())},
                              {"length", static_cast<int32_t>(p_.L)},
                              {"r", static_cast<int32_t>(p_.r)},
                              {"num_offsets", static_cast<int32_t>(p_.offsets.size())},
                              {"has_valid", static_cast<int32_t>(p_.valid.has_value())},
                              {"num_sequences", static_cast<int32_t>(p_.sequences())},
                              {"search_steps", search_steps()}});
-    const auto blocks = static_cast<unsigned>((p_.tokens() + block - 1) / block);
+    const auto blocks = static_cast<unsigned>((p_.outputs() + block - 1) / block);
     launch(kernel, device_, stream_, {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
   }
 
@@ -129,7 +129,9 @@ class Launch {
 
 void forward_cuda(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
   const Launch launch(p);
-  launch(kForward, {{"pbar_ptr", pbar.const_data_ptr()}, {"seen_ptr", seen.const_data_ptr()}});
+  launch(kForward, {{"pbar_ptr", pbar.const_data_ptr()},
+                    {"seen_ptr", seen.const_data_ptr()},
+                    {"history", static_cast<int32_t>(p.history)}});
 }
 
 void backward_cuda(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
@@ -147,7 +149,7 @@ void backward_cuda(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z
 }  // namespace
 
 void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
-  if (p.tokens() > 0) (p.z.is_cpu() ? plucker_mean_forward_cpu : forward_cuda)(p, pbar, seen);
+  if (p.outputs() > 0) (p.z.is_cpu() ? plucker_mean_forward_cpu : forward_cuda)(p, pbar, seen);
 }
 
 void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {

@@ -142,11 +142,13 @@ void forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
   In* const out = mutable_elements<In>(pbar);
   In* const seen_out = mutable_elements<In>(seen);
   problem.for_each_token([&](int64_t token, Sequence sequence) {
+    if (token % p.L < p.history) return;
+    const int64_t output = token - (token / p.L + 1) * p.history;
     T mean[kMaxRank];
     const int64_t count = problem.mean_direction(token, sequence, mean);
-    seen_out[token] = In(count > 0 ? 1.0f : 0.0f);
+    seen_out[output] = In(count > 0 ? 1.0f : 0.0f);
     const T* const u = problem.unit(token);
-    In* __restrict row = out + token * p.planes();
+    In* __restrict row = out + output * p.planes();
     for (int64_t i = 0; i < p.r; ++i) {
       const T u_i = u[i], mean_i = mean[i];
       for (int64_t j = i + 1; j < p.r; ++j) *row++ = In(u_i * mean[j] - mean_i * u[j]);

@@ -69,7 +69,7 @@ def _forward_fake(
     cu_seqlens: Tensor | None = None,
     bias_everywhere: bool = False,
 ) -> Tensor:
-    _check("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens)
+    check_grassmann_mix("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens)
     return z.new_empty((*z.shape[:2], weight.shape[0]))
 
 
@@ -84,13 +84,13 @@ def _backward_fake(
     bias_everywhere: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "grassmann_mix_backward"
-    _check(op, z, weight, None, offsets, valid, cu_seqlens)
+    check_grassmann_mix(op, z, weight, None, offsets, valid, cu_seqlens)
     expect_sizes(op, "grad_g", grad_g, (*z.shape[:2], weight.shape[0]), "batch and length of z, d of weight")
     expect_like(op, "grad_g", grad_g, "z", z)
     return z.new_empty(z.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-def _check(
+def check_grassmann_mix(
     op: str,
     z: Tensor,
     weight: Tensor,

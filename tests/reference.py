@@ -174,6 +174,12 @@ def grassmann_mix(z, weight, bias, offsets, valid=None, cu_seqlens=None, bias_ev
     return g + bias * torch.stack(pairs).any(0)[..., None]
 
 
+def grassmann_blend(h, g, logits):
+    """alpha h + (1 - alpha) g, alpha = sigmoid(logits), element by element."""
+    alpha = torch.sigmoid(logits)
+    return alpha * h + (1 - alpha) * g
+
+
 def _sequences(cu_seqlens):
     bounds = cu_seqlens.tolist()
     return [slice(*pair) for pair in itertools.pairwise(bounds)]

@@ -136,6 +136,7 @@ def plucker_mean_fwd(
     offsets_ptr: "*i32:16",
     pbar_ptr: "*dtype:16",
     seen_ptr: "*dtype:16",
+    history: "i32",
     num_tokens: "i32",
     length: "i32",
     r: "i32",
@@ -146,9 +147,10 @@ def plucker_mean_fwd(
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """pbar = u ^ Y, and whether there is anything to the mean."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < num_tokens
+    """pbar = u ^ Y, and whether there is anything to the mean, of all tokens but the first `history` of each row."""
+    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_ok = output < num_tokens
+    token = output + (output // (length - history) + 1) * history
     u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
@@ -156,9 +158,9 @@ def plucker_mean_fwd(
         z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
     )
     pbar = u[:, :, None] * mean[:, None, :] - mean[:, :, None] * u[:, None, :]  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
-    to, mask = _planes(pbar_ptr, token, token_ok, r, HEAD_DIM)
+    to, mask = _planes(pbar_ptr, output, token_ok, r, HEAD_DIM)
     tl.store(to, pbar.to(pbar_ptr.dtype.element_ty), mask=mask)
-    tl.store(seen_ptr + token, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
+    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
 
 
 @triton.jit
