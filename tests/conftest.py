@@ -13,6 +13,7 @@ sys.path.insert(
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import Interpreter
 from problem import DTYPES
 
 # Shapes decide the time of a case, so a deadline would only measure the other jobs of the machine.
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] * (d == "cuda")) for d in DTYPES])
 def device(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """interpreter(module, case): module.run_case(**case) where Triton's kernels run in its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(autouse=True)

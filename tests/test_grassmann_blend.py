@@ -147,6 +147,13 @@ def test_autocast(device):
     torch.testing.assert_close(out.float(), reference.grassmann_blend(h, g, logits), rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize(("numel", "dtype"), [(100, "float32"), (64, "float16"), (5, "float32"), (71, "float32")])
+def test_kernels_in_the_interpreter(numel, dtype, interpreter):
+    """Whole programs, the last elements by themselves, and only those."""
+    for output, error in interpreter("interpreted_grassmann_blend", dict(numel=numel, block=32, dtype=dtype)).items():
+        assert error < (1e-3 if dtype == "float16" else 1e-6), f"{output}: {error:.1e}"  # NaN fails too
+
+
 def test_flops():
     h, g, logits, _ = (x.requires_grad_() for x in draw((3, 5), torch.float32, "cpu"))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:

@@ -1,12 +1,7 @@
 """plucker_mean: accuracy by the 2x rule against the naive form, and what its equation promises."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import grassmann
 import pytest
@@ -209,6 +204,7 @@ INTERPRETED = {
     "nothing pairs": dict(length=3, r=5, block=4, offsets=(3,)),
     "packed": dict(length=21, r=6, block=4, packed=True, masked=True, offsets=(1, 2, 5)),
     "packed, one token at a time": dict(length=9, r=5, block=1, packed=True, offsets=(1, 2)),
+    "a past without output": dict(length=19, r=6, block=4, history=5, offsets=(1, 2, 7)),
     "masked": dict(length=15, r=7, block=4, masked=True, offsets=(1, 2, 5)),
     "degenerate": dict(length=20, r=9, block=2, kind="degenerate", offsets=(1, 2, 3)),
     "scaled": dict(length=12, r=9, block=2, kind="scaled"),
@@ -217,21 +213,8 @@ INTERPRETED = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """{case: {output: error}}, from one process: Triton takes seconds to import."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    done = subprocess.run(
-        [sys.executable, str(tests / "interpreted_plucker_mean.py"), json.dumps(INTERPRETED)],
-        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(name, interpreted):
+def test_kernels_in_the_interpreter(name, interpreter):
     """The bodies of the Triton kernels against the fp64 truth; memory starts as NaN."""
-    for output, error in interpreted[name].items():
+    for output, error in interpreter("interpreted_plucker_mean", INTERPRETED[name]).items():
         assert error < (2e-3 if "fp16" in name else 3e-6), f"{output}: {error:.1e}"  # NaN fails too
