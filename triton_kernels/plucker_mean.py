@@ -253,7 +253,7 @@ def plucker_mean_bwd_gather(
     tl.store(grad_z_ptr + at, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & (d < r)[None, :])
 
 
-# Not measured: chosen by registers and spills (8 to 16 bytes are left at HEAD_DIM 128 on sm90a). What counts is the tile
+# Not measured: chosen by registers and spills (8 to 16 bytes are left at HEAD_DIM 128 on sm80). What counts is the tile
 # [BLOCK_T, HEAD_DIM, HEAD_DIM] of the first two.
 def _tile(kernel, arch: str, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_gather:
