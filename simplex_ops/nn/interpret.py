@@ -43,7 +43,7 @@ class PairGeometry:
         figure, axes = plt.subplots(
             1 + count, 1, sharex=True, layout="constrained", figsize=(min(16, 4 + 0.12 * length), 1.5 + 1.3 * count)
         )
-        image = axes[0].imshow(angle, aspect="auto", cmap="twilight_shifted", vmin=0, vmax=180, interpolation="nearest")
+        image = axes[0].imshow(angle, aspect="auto", cmap="viridis", vmin=0, vmax=180, interpolation="nearest")
         axes[0].set_yticks(range(count), [str(offset) for offset in self.offsets])
         axes[0].set(ylabel="offset", title="angle theta of the pair (t, t - offset); white: no pair")
         figure.colorbar(image, ax=axes[0], label="degrees", ticks=[0, 90, 180])
@@ -56,7 +56,7 @@ class PairGeometry:
         if tokens is not None:
             axes[-1].set_xticks(range(length), list(tokens), fontsize=7)
         axes[-1].set_xlabel("t")
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=90)
         plt.close(figure)
         return Path(path)
 
