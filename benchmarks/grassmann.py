@@ -162,16 +162,18 @@ def plot(path: Path) -> Path:
     content = json.loads(path.read_text())
     rows = [row for row in content["rows"] if row["what"] == "layer"]
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    lengths, tokens = [row["L"] for row in rows], rows[0]["B"] * rows[0]["L"]
     for name in ("grassmann", "attention"):
-        tokens = rows[0]["B"] * rows[0]["L"]
-        axes.loglog([row["L"] for row in rows], [1e3 * row[f"{name} us"] / tokens for row in rows], "o-", label=name)
+        axes.plot(lengths, [row[f"{name} us"] / tokens for row in rows], "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(length) for length in lengths], fontsize=7)
     where = content["machine"]
     axes.set(
-        xlabel="length", ylabel="ns per token, forward + backward", ylim=(0.5 * axes.get_ylim()[0], None),
+        xlabel="length", ylabel="us per token, forward + backward", ylim=(0, None),
         title=f"Layers of width {DIM}, {where['hardware']}, torch {where['torch']}, {where['date']}",
     )  # fmt: skip
     axes.title.set_fontsize(8)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend()
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=120)
