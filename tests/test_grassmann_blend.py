@@ -129,7 +129,7 @@ def test_opcheck(device):
     torch.library.opcheck(backward, (grad, *(x.detach() for x in inputs)))
 
 
-def test_compile_and_export(device):
+def test_compile(device):
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, dynamic=True)
     for shape in ((2, 9), (5, 17)):

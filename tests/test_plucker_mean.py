@@ -131,6 +131,16 @@ def test_the_mean_is_one_plane(device):
     assert singular[:, 2].max() < 1e-6
 
 
+def test_offsets_are_not_told_apart(device):
+    """The other limit: which of the earlier tokens is at which offset does not matter, nor how long each is."""
+    z = torch.randn(1, 20, 8, device=device)
+    mixed = z.clone()
+    earlier = 19 - torch.tensor(grassmann.PAPER_OFFSETS, device=device)
+    mixed[0, earlier] = torch.rand(6, 1, device=device) * z[0, earlier.flip(0)]
+    first, second = (op(x, grassmann.PAPER_OFFSETS)[0, 19] for x in (z, mixed))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
 def test_causality(device):
     for dtype in DTYPES[device]:
         z = torch.randn(2, 70, 33, device=device).to(dtype)
