@@ -87,7 +87,7 @@ def interpret(
     length = z.size(1)
     position = torch.arange(length, device=z.device)
     if cu_seqlens is not None:
-        position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+        position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True) - 1]
     counts = z.ne(0).any(-1)
     if valid is not None:
         counts = counts & valid
