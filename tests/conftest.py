@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before the first matmul
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads that wait must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # importmode=importlib leaves it out; tests import `reference` and `problem`
