@@ -49,7 +49,8 @@ def grassmann_step(
     >>> torch.allclose(torch.cat(steps, 1), grassmann_mix(z, weight, None, [1, 5]), atol=1e-5)
     True
     """
-    return torch.ops.simplex.grassmann_step(z, ring, weight, bias, offsets, position, bias_everywhere)
+    with torch.autocast(z.device.type, enabled=False):
+        return torch.ops.simplex.grassmann_step(z, ring, weight, bias, offsets, position, bias_everywhere)
 
 
 @torch.library.register_fake("simplex::grassmann_step")

@@ -113,6 +113,14 @@ def test_a_wider_ring(device):
     )
 
 
+def test_autocast_leaves_it_alone(device):
+    z, weight, bias = draw(2, 5, 8, 5, torch.float32, device)
+    rings = torch.zeros(2, 2, 4, 8, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        got = op(z, rings[0], weight, bias, [1, 4], 0)
+    assert_same_bits(got, op(z, rings[1], weight, bias, [1, 4], 0))
+
+
 def test_records_no_gradient(device):
     z, weight, bias = (x.requires_grad_() for x in draw(2, 3, 4, 5, torch.float32, device))
     ring = torch.zeros(2, 4, 4, device=device)
