@@ -4,7 +4,9 @@ import importlib
 from typing import Any
 
 from . import _library as _library  # first: it loads the ops that the modules below describe
+from .grassmann_blend import grassmann_blend
 from .grassmann_mix import grassmann_mix
+from .grassmann_step import grassmann_step
 from .info import Info, info
 from .plucker_mean import plucker_mean
 from .routing import route_gather, route_scatter_add, threshold_route, topk_route
@@ -13,7 +15,9 @@ from .two_simplicial_attention import two_simplicial_attention
 
 __all__ = [
     "Info",
+    "grassmann_blend",
     "grassmann_mix",
+    "grassmann_step",
     "info",
     "models",
     "nn",

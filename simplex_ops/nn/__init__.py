@@ -2,6 +2,7 @@
 (TorchScript)."""
 
 from simplex_ops.nn.grassmann_mixing import GrassmannMixing
+from simplex_ops.nn.interpret import PairGeometry, interpret
 from simplex_ops.nn.routing import Decision, DecisionLayer, DynamicLayer, MixtureOfDepthsLayer, PriorFFN, SurpriseGate
 from simplex_ops.nn.two_simplicial_attention import TwoSimplicialAttention
 
@@ -11,7 +12,9 @@ __all__ = [
     "DynamicLayer",
     "GrassmannMixing",
     "MixtureOfDepthsLayer",
+    "PairGeometry",
     "PriorFFN",
     "SurpriseGate",
     "TwoSimplicialAttention",
+    "interpret",
 ]
