@@ -8,7 +8,7 @@ import sys
 import reference
 import torch
 
-from triton_kernels import routing, surprise_gate
+from triton_kernels import causal_route_logits, route_kv_append, routing, surprise_gate
 
 NAN = float("nan")
 
@@ -105,6 +105,58 @@ def check_moves(dtype, gated):
     assert gated or grad_gate.isnan().all()
 
 
+def check_logits(dtype, with_prev):
+    batch, length, dim = 2, 11, 24
+    x, prev = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, dim).to(dtype)
+    weight, grad = torch.randn(2 * dim), torch.randn(batch, length)
+    leaves = [t.double().requires_grad_() for t in ((x, weight, prev) if with_prev else (x, weight))]
+    truth = reference.causal_route_logits(*leaves)
+    truth = [truth, *torch.autograd.grad(truth, leaves, grad.double())]
+
+    shared = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "prev_ptr": prev,
+        "length": length,
+        "dim": dim,
+        "has_prev": int(with_prev),
+    }
+    logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, 2 * dim), NAN)
+    causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
+    grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
+    causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
+        **shared,
+        grad_logits_ptr=grad,
+        grad_x_ptr=grad_x,
+        grad_prev_ptr=grad_prev,
+        parts_ptr=parts,
+        BLOCK_T=4,
+        BLOCK_D=16,
+    )
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    for actual, expected in zip((logits, grad_x, parts.sum(0), grad_prev), truth, strict=False):
+        torch.testing.assert_close(actual.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    assert with_prev or grad_prev.isnan().all()
+
+
+def check_append(dtype, rotates):
+    batch, capacity, slots, heads, head_dim = 3, 6, 5, 2, 12
+    keys, values = (torch.randn(batch, capacity, heads, head_dim).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, slots, heads, head_dim).to(dtype) for _ in range(2))
+    count, frequencies = torch.tensor([0, 3, 6], dtype=torch.int32), torch.rand(head_dim // 2)
+    positions = torch.tensor([[1, 4, 9, -1, -1], [0, 1, 2, 3, 4], [7, -1, -1, -1, -1]], dtype=torch.int32)
+    expected = reference.route_kv_append(keys, values, count, k, v, positions, frequencies if rotates else None)
+    sizes = {"positions_ptr": positions, "count_ptr": count, "slots": slots, "capacity": capacity}
+    route_kv_append.route_kv_append_rows[(batch * slots,)](
+        **sizes, k_ptr=k, v_ptr=v, frequencies_ptr=frequencies, keys_ptr=keys, values_ptr=values, row=heads * head_dim,
+        half=head_dim // 2, rotates=int(rotates), BLOCK=16,
+    )  # fmt: skip
+    route_kv_append.route_kv_append_count[(batch,)](**sizes, BLOCK=2)
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-6
+    torch.testing.assert_close((keys, values), expected[:2], rtol=tolerance, atol=tolerance)
+    assert torch.equal(count, expected[2])
+
+
 CASES = {
     "gate": lambda: check_gate(2, 21, 24, 5),
     "gate, long window": lambda: check_gate(1, 17, 40, 100),
@@ -120,6 +172,8 @@ CASES = {
     "choice, nothing valid": lambda: [
         check_choice(torch.full((1, 5), x), 3, 2, 0.0) for x in (NAN, -torch.inf, torch.inf)
     ],
+    "logits": lambda: [check_logits(d, prev) for d in (torch.float32, torch.float16) for prev in (False, True)],
+    "append": lambda: [check_append(d, rotates) for d in (torch.float32, torch.float16) for rotates in (False, True)],
     "moves": lambda: [check_moves(torch.float32, gated) for gated in (False, True)],
     "moves, fp16": lambda: [check_moves(torch.float16, gated) for gated in (False, True)],
 }

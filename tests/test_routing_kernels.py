@@ -18,6 +18,8 @@ CASES = [
     "choice, constant",
     "choice, special",
     "choice, nothing valid",
+    "logits",
+    "append",
     "moves",
     "moves, fp16",
 ]
