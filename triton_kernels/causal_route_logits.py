@@ -19,16 +19,16 @@ def causal_route_logits_fwd(
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    from_x = row % length != 0
-    from_prev = (row % length == 0) & (has_prev != 0)
+    # How many elements there are to read of the row before: none of at least one of its two places.
+    of_x = tl.where(row % length == 0, 0, dim)
+    of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
     total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = d < dim
         x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
-        # One of the two loads is masked out whole, or both are: there is nothing before the first token.
-        before = tl.load(x_ptr + (row - 1) * dim + d, mask=inside & from_x, other=0.0).to(tl.float32)
-        before += tl.load(prev_ptr + row // length * dim + d, mask=inside & from_prev, other=0.0).to(tl.float32)
+        before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
+        before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
         total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
         total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
     tl.store(logits_ptr + row, tl.sum(total))
@@ -48,8 +48,8 @@ def causal_route_logits_bwd(
     grad_logits_ptr += sequence * length
     own = tl.load(grad_logits_ptr + t, mask=t < length, other=0.0)[:, None]
     following = tl.load(grad_logits_ptr + t + 1, mask=t + 1 < length, other=0.0)[:, None]
-    of_prev = tl.load(grad_logits_ptr)  # the first token's gradient reaches what came before it
-    with_prev = (start_t == 0) & (has_prev != 0)
+    first = tl.load(grad_logits_ptr)  # the first token's gradient reaches what came before it
+    of_prev = tl.where((start_t == 0) & (has_prev != 0), dim, 0)
     parts_ptr += tl.program_id(0).to(tl.int64) * 2 * dim
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -61,11 +61,11 @@ def causal_route_logits_bwd(
         grad = own * now[None, :] + following * before[None, :]
         tl.store(grad_x_ptr + row, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
-        prev = tl.load(prev_ptr + sequence * dim + d, mask=inside & with_prev, other=0.0).to(tl.float32)
+        prev = tl.load(prev_ptr + sequence * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
         tl.store(parts_ptr + d, tl.sum(own * x, 0), mask=inside)
-        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + of_prev * prev, mask=inside)
-        grad_prev = (of_prev * before).to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=inside & with_prev)
+        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + first * prev, mask=inside)
+        grad_prev = (first * before).to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
 # Not measured yet.
