@@ -88,11 +88,9 @@ def _fake(
         expect_sizes(op, name, x, sizes, "batch of k, the capacity of keys, heads and head_dim of k")
         expect_like(op, name, x, "k", k)
         expect(op, x.is_contiguous(), f"{name} to be contiguous, got strides that are not")
-    for name, x, sizes, origin in (
-        ("count", count, (batch,), "batch of k"),
-        ("positions", positions, (batch, slots), "batch, slots of k"),
-    ):
-        expect_sizes(op, name, x, sizes, origin)
+    expect_sizes(op, "count", count, (batch,), "batch of k")
+    expect_sizes(op, "positions", positions, (batch, slots), "batch, slots of k")
+    for name, x in (("count", count), ("positions", positions)):
         expect_dtype(op, name, x, torch.int32)
         expect_device(op, name, x, "k", k)
     expect(op, count.is_contiguous(), "count to be contiguous, got strides that are not")
