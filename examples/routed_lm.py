@@ -152,7 +152,7 @@ def plot_routes(models: dict[str, DecoderLM], tokens: Tensor, path: Path) -> Non
         layers, masks = route_map(model)
         axis.imshow(masks[:, 0].cpu(), aspect="auto", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
         axis.set_yticks(
-            range(len(layers)), [layer.removesuffix(".layer").removesuffix(".dynamic") for layer in layers], fontsize=7
+            range(len(layers)), [layer.removesuffix(".dynamic").removesuffix(".layer") for layer in layers], fontsize=7
         )
         axis.set_xticks(
             range(len(tokens)), [ascii(chr(t))[1:-1] for t in tokens.tolist()], fontsize=6, family="monospace"
