@@ -163,7 +163,9 @@ Route checked(const char* op, const char* name, const Tensor& rows, const Tensor
                      " (", r.T, "), got ", values[i]);
     }
   } else {
-    SIMPLEX_EXPECT(r.slots() < kMost, op, "batch * slots of idx to be below 2^31, got ", r.slots());
+    SIMPLEX_EXPECT(r.slots() < kMost / 2, op, "batch * slots of idx to be below 2^30, got ", r.slots());
+    SIMPLEX_EXPECT(r.B * r.T < kMost / 2, op, "batch * length of ", name, " to be below 2^30, got ",
+                   shape_string(rows));
     SIMPLEX_EXPECT(r.T < kMost && r.D < kMost / 2, op, "the length and last dim of ", name, " to be below 2^30, got ",
                    shape_string(rows));
   }
@@ -183,34 +185,65 @@ void for_slots(const Route& r, Work work, Empty empty) {
 struct Launch {
   int device;
   void* stream;
-  std::array<unsigned, 3> per_slot;
-  int32_t length, slots, dim;
+  int32_t length, slots, total, dim;
 
   explicit Launch(const Route& r)
       : device(r.idx.get_device_index()),
         stream(current_cuda_stream(device)),
-        per_slot{static_cast<unsigned>(r.slots()), 1, 1},
         length(static_cast<int32_t>(r.T)),
         slots(static_cast<int32_t>(r.k)),
+        total(static_cast<int32_t>(r.slots())),
         dim(static_cast<int32_t>(r.D)) {}
+
+  static std::array<unsigned, 3> programs(int64_t items, int64_t of_each) {
+    return {static_cast<unsigned>((items + of_each - 1) / of_each), 1, 1};
+  }
 };
 
 const KernelFamily kGather("route_gather_rows", {"dtype"});
-const KernelFamily kScatter("route_scatter_rows", {"dtype"});
+const KernelFamily kSlots("route_slots", {});
 const KernelFamily kScatterAdd("route_scatter_add_rows", {"dtype"});
 const KernelFamily kScatterAddBackward("route_scatter_add_bwd", {"dtype"});
 
 // Moves rows whatever is in them: one kernel for every dtype of that width.
-void move_cuda(const KernelFamily& family, const Route& r, const Tensor& from, Tensor& to) {
+void gather_cuda(const Route& r, const Tensor& from, const Tensor& to) {
   const Launch l(r);
   const DType width = from.scalar_type() == ScalarType::Float ? DType::fp32 : DType::fp16;
-  launch(family.find(l.device, {static_cast<int64_t>(width)}), l.device, l.stream, l.per_slot,
+  const Kernel& kernel = kGather.find(l.device, {static_cast<int64_t>(width)});
+  launch(kernel, l.device, l.stream, Launch::programs(l.total, kernel["ROWS"]),
          {{"from_ptr", from.const_data_ptr()},
           {"idx_ptr", r.idx.const_data_ptr()},
           {"to_ptr", to.const_data_ptr()},
           {"length", l.length},
           {"slots", l.slots},
+          {"total", l.total},
           {"dim", l.dim}});
+}
+
+// out = base, or 0 without one, with gate * y added at the routed rows.
+void scatter_cuda(const Route& r, const Tensor* base, const Tensor& y, const Tensor* gate, const Tensor& out) {
+  const Launch l(r);
+  const int64_t rows = r.B * r.T;
+  Tensor slot_of = empty_like_device(out, {rows}, ScalarType::Int);
+  torch::stable::fill_(slot_of, -1);
+  const Kernel& slots = kSlots.find(l.device, {});
+  launch(slots, l.device, l.stream, Launch::programs(l.total, slots["BLOCK"]),
+         {{"idx_ptr", r.idx.const_data_ptr()},
+          {"slot_of_ptr", slot_of.const_data_ptr()},
+          {"length", l.length},
+          {"slots", l.slots},
+          {"total", l.total}});
+  const Kernel& kernel = kScatterAdd.find(l.device, {dtype_constant(out)});
+  launch(kernel, l.device, l.stream, Launch::programs(rows, kernel["ROWS"]),
+         {{"base_ptr", base ? base->const_data_ptr() : nullptr},
+          {"y_ptr", y.const_data_ptr()},
+          {"slot_of_ptr", slot_of.const_data_ptr()},
+          {"gate_ptr", gate ? gate->const_data_ptr() : nullptr},
+          {"out_ptr", out.const_data_ptr()},
+          {"rows", static_cast<int32_t>(rows)},
+          {"dim", l.dim},
+          {"has_base", static_cast<int32_t>(base != nullptr)},
+          {"has_gate", static_cast<int32_t>(gate != nullptr)}});
 }
 
 Tensor route_gather(const Tensor& x, const Tensor& idx) {
@@ -219,7 +252,7 @@ Tensor route_gather(const Tensor& x, const Tensor& idx) {
   if (y.numel() == 0) return y;
   const Tensor from = packed(x);
   if (!x.is_cpu()) {
-    move_cuda(kGather, r, from, y);
+    gather_cuda(r, from, y);
     return y;
   }
   dispatch_floating(x, [&](auto element) {
@@ -239,13 +272,13 @@ Tensor route_gather_backward(const Tensor& grad_y, const Tensor& x, const Tensor
   expect_sizes(op, "grad_y", grad_y, {r.B, r.k, r.D}, "batch, slots of idx, last dim of x");
   expect_like(op, "grad_y", grad_y, "x", x);
   Tensor grad_x = empty_like_device(x, {r.B, r.T, r.D}, x.scalar_type());
-  torch::stable::zero_(grad_x);
-  if (grad_x.numel() == 0 || grad_y.numel() == 0) return grad_x;
   const Tensor from = packed(grad_y);
-  if (!x.is_cpu()) {
-    move_cuda(kScatter, r, from, grad_x);
+  if (!x.is_cpu() && grad_x.numel() > 0 && grad_y.numel() > 0) {
+    scatter_cuda(r, nullptr, from, nullptr, grad_x);
     return grad_x;
   }
+  torch::stable::zero_(grad_x);
+  if (grad_x.numel() == 0 || grad_y.numel() == 0) return grad_x;
   dispatch_floating(x, [&](auto element) {
     using In = decltype(element);
     const In* const rows = elements<In>(from);
@@ -271,22 +304,14 @@ Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx,
   const Route r = checked(op, "base", base, idx);
   check_update(op, r, "base", base, y, gate);
   Tensor out = empty_like_device(base, {r.B, r.T, r.D}, base.scalar_type());
-  torch::stable::copy_(out, base);
-  if (out.numel() == 0 || r.slots() == 0) return out;
   const Tensor update = packed(y), scale = gate ? packed(*gate) : Tensor();
-  if (!base.is_cpu()) {
-    const Launch l(r);
-    launch(kScatterAdd.find(l.device, {dtype_constant(base)}), l.device, l.stream, l.per_slot,
-           {{"out_ptr", out.const_data_ptr()},
-            {"y_ptr", update.const_data_ptr()},
-            {"idx_ptr", r.idx.const_data_ptr()},
-            {"gate_ptr", gate ? scale.const_data_ptr() : nullptr},
-            {"length", l.length},
-            {"slots", l.slots},
-            {"dim", l.dim},
-            {"has_gate", static_cast<int32_t>(gate.has_value())}});
+  if (!base.is_cpu() && out.numel() > 0 && r.slots() > 0) {
+    const Tensor from = packed(base);
+    scatter_cuda(r, &from, update, gate ? &scale : nullptr, out);
     return out;
   }
+  torch::stable::copy_(out, base);
+  if (out.numel() == 0 || r.slots() == 0) return out;
   dispatch_floating(base, [&](auto element) {
     using In = decltype(element);
     using W = Wide<In>;
@@ -321,7 +346,8 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
   const Tensor rows = packed(grad_out), update = packed(y), scale = gate ? packed(*gate) : Tensor();
   if (!grad_out.is_cpu()) {
     const Launch l(r);
-    launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream, l.per_slot,
+    launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream,
+           Launch::programs(l.total, 1),
            {{"grad_out_ptr", rows.const_data_ptr()},
             {"y_ptr", update.const_data_ptr()},
             {"idx_ptr", r.idx.const_data_ptr()},

@@ -74,31 +74,31 @@ def check_moves(dtype, gated):
     idx = torch.stack([torch.randperm(length)[:slots].sort().values for _ in range(batch)]).to(torch.int32)
     idx[0, 5], idx[1, 5] = -1, length  # the second is an error that must not touch memory
     legal = torch.where(idx < length, idx, -1)
-    sizes = {"idx_ptr": idx, "length": length, "slots": slots, "dim": dim, "BLOCK_D": 16}
-    grid = (batch * slots,)
+    total, tile = batch * slots, {"dim": dim, "BLOCK_D": 16}
 
     gathered = torch.full((batch, slots, dim), NAN, dtype=dtype)
-    routing.route_gather_rows[grid](from_ptr=x, to_ptr=gathered, **sizes)
+    routing.route_gather_rows[(3,)](
+        from_ptr=x, idx_ptr=idx, to_ptr=gathered, length=length, slots=slots, total=total, ROWS=8, **tile
+    )
     assert torch.equal(gathered, reference.route_gather(x, legal))
-    scattered = torch.zeros_like(x)
-    routing.route_scatter_rows[grid](from_ptr=y, to_ptr=scattered, **sizes)
+
+    slot_of = torch.full((batch * length,), -1, dtype=torch.int32)
+    routing.route_slots[(4,)](idx_ptr=idx, slot_of_ptr=slot_of, length=length, slots=slots, total=total, BLOCK=4)
+    pointers = {"y_ptr": y, "gate_ptr": gate, "slot_of_ptr": slot_of, "rows": batch * length, "ROWS": 4, **tile}
+    scattered = torch.full_like(x, NAN)
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=scattered, has_base=0, has_gate=0, **pointers)
     assert torch.equal(scattered, reference.route_scatter_add(torch.zeros_like(x), y, legal))
 
     leaves = [t.double().requires_grad_() for t in (x, y, gate)]
     truth = reference.route_scatter_add(*leaves[:2], legal, leaves[2] if gated else None)
     grad = torch.randn(truth.shape).to(dtype)
     truth_grads = torch.autograd.grad(truth, leaves[1 : 3 if gated else 2], grad.double())
-    out, grad_y, grad_gate = x.clone(), torch.full_like(y, NAN), torch.full_like(gate, NAN)
-    routing.route_scatter_add_rows[grid](out_ptr=out, y_ptr=y, gate_ptr=gate, has_gate=int(gated), **sizes)
-    routing.route_scatter_add_bwd[grid](
-        grad_out_ptr=grad,
-        y_ptr=y,
-        gate_ptr=gate,
-        grad_y_ptr=grad_y,
-        grad_gate_ptr=grad_gate,
-        has_gate=int(gated),
-        **sizes,
-    )
+    out, grad_y, grad_gate = torch.full_like(x, NAN), torch.full_like(y, NAN), torch.full_like(gate, NAN)
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=out, has_base=1, has_gate=int(gated), **pointers)
+    routing.route_scatter_add_bwd[(total,)](
+        grad_out_ptr=grad, y_ptr=y, idx_ptr=idx, gate_ptr=gate, grad_y_ptr=grad_y, grad_gate_ptr=grad_gate,
+        length=length, slots=slots, has_gate=int(gated), **tile,
+    )  # fmt: skip
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
     for actual, expected in zip((out, grad_y, grad_gate), (truth.detach(), *truth_grads), strict=False):
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
@@ -164,6 +164,9 @@ CASES = {
     "gate, fp16": lambda: check_gate(2, 9, 40, 9, torch.float16),
     "choice": lambda: [check_choice(torch.randn(2, 37), k, 10, 0.3) for k in (1, 18, 37)],
     "choice, ties": lambda: [check_choice(torch.randn(2, 37).round(), k, 40, 0.0) for k in (1, 18, 37)],
+    "choice, in one block": lambda: [
+        check_choice(torch.randn(2, n) * 10.0**e, k, 5, 0.3) for n in (1, 9, 16) for e in (-30, 0, 30) for k in (1, n)
+    ],
     "choice, constant": lambda: [check_choice(torch.full((1, 33), 0.757), k, 5, 0.757) for k in (1, 16, 33)],
     "choice, special": lambda: [
         check_choice(torch.tensor([[-0.0, NAN, 0.0, 1e-45, -torch.inf, torch.inf, -1e-45, NAN, 3e38]] * 2), k, 4, 0.0)

@@ -15,6 +15,7 @@ CASES = [
     "gate, fp16",
     "choice",
     "choice, ties",
+    "choice, in one block",
     "choice, constant",
     "choice, special",
     "choice, nothing valid",
