@@ -212,14 +212,20 @@ def test_schedule_and_statistics(device):
     assert routing_loss(nn.Linear(2, 2)) == 0
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compile(device, training):
-    layer = make(device).train(training)
-    # One graph, which is the question here; the ops' own tests go through Inductor.
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in ((2, 9), (3, 16)):
-        x = torch.randn(*size, DIM, device=device)
-        torch.testing.assert_close(compiled(x), layer(x))
+def test_compile(device):
+    """In one graph, which is the question here (the ops' own tests go through Inductor); gradients and statistics included."""
+    teacher, student = make(device), make(device).eval()
+    x = torch.randn(2, 9, DIM, device=device)
+    results = []
+    for function in (torch.compile(teacher, fullgraph=True, backend="aot_eager"), teacher):
+        loss = function(x).square().mean() + routing_loss(teacher)
+        results.append([loss, *torch.autograd.grad(loss, list(teacher.parameters()))])
+    torch.testing.assert_close(*results)
+    compiled = torch.compile(student, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((2, 9), (3, 16)):
+            x = torch.randn(*size, DIM, device=device)
+            torch.testing.assert_close(compiled(x), student(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
