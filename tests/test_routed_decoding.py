@@ -56,20 +56,12 @@ def routed(layer):
 
 def decode(layer, x, positions, chunks, slots=None):
     """Outputs and route masks, chunk by chunk."""
-    cache, start, outputs, masks = layer.new_cache(len(x), x.shape[1]), 0, [], []
-    if slots is not None:
-        cache = with_slots(layer, len(x), x.shape[1], slots)
+    cache, start, outputs, masks = layer.new_cache(len(x), x.shape[1], slots), 0, [], []
     for count in chunks:
         outputs.append(layer(x[:, start : start + count], positions[:, start : start + count], cache))
         masks.append(routed(layer).report["mask"])
         start += count
     return torch.cat(outputs, 1), torch.cat(masks, 1), cache
-
-
-def with_slots(layer, batch, length, slots):
-    if isinstance(layer, SubjectiveDepthLayer):
-        return [layer.decision.new_cache(batch, length), layer.dynamic.new_cache(batch, length, slots)]
-    return layer.new_cache(batch, length, slots)
 
 
 def counts(cache):
@@ -101,7 +93,7 @@ def test_texts_of_different_lengths_share_a_batch(device, name):
     positions = torch.full((4, 20), -1, device=device)
     for b, n in enumerate(lengths):
         prompt[b, :n], positions[b, :n] = texts[b][0, :n], torch.arange(n, device=device)
-    cache = with_slots(layer, 4, 30, 30)
+    cache = layer.new_cache(4, 30, 30)
     outs = [layer(prompt, positions, cache)]
     for step in range(10):
         token = torch.stack([text[0, n + step] for text, n in zip(texts, lengths, strict=True)])[:, None]

@@ -45,7 +45,8 @@ class RoutedLayer(nn.Module):
         """Moves between devices, but a threshold keeps its dtype: scores are float32 whatever the model is in."""
         kept = self.threshold, self.calibrations
         super()._apply(fn, recurse)
-        self.threshold, self.calibrations = (x.to(self.threshold.device) for x in kept)
+        if not kept[0].is_meta:
+            self.threshold, self.calibrations = (x.to(self.threshold.device) for x in kept)
         return self
 
     def new_cache(self, batch: int, max_length: int, slots: int | None = None) -> list[Tensor]:
@@ -69,16 +70,13 @@ class RoutedLayer(nn.Module):
         self, scores: Tensor, positions: Tensor, cache: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(idx, mask) of the tokens that reach the threshold, stand at a position and find room in the cache."""
-        length = scores.shape[1]
         margin = (scores.detach() - self.threshold).masked_fill(positions < 0, -math.inf)
-        idx, _ = threshold_route(margin, 0.0, length)
+        mask = margin >= 0
+        idx, _ = threshold_route(margin, 0.0, scores.shape[1])
         if cache is not None:
-            room = cache[0].shape[1] - cache[-1]
-            idx = torch.where(torch.arange(length, device=idx.device) < room[:, None], idx, -1)
-        mask = torch.zeros_like(margin, dtype=torch.bool)
-        # An empty slot marks token 0, which `any` below undoes; a scatter of unequal values would not be defined.
-        mask = mask.scatter(1, idx.clamp(min=0).long(), True)
-        mask[:, 0] = (idx == 0).any(1)
+            room = (cache[0].shape[1] - cache[-1])[:, None]
+            idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < room, idx, -1)
+            mask = mask & (mask.cumsum(1) <= room)
         if self.trim:
             idx = idx[:, : int((idx >= 0).sum(1).max())]
         return idx, mask

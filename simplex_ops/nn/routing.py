@@ -190,8 +190,9 @@ class SubjectiveDepthLayer(nn.Module):
         made = self.decision(x, positions, of_decision)
         return self.dynamic(made.x, made.gate, positions, of_dynamic)
 
-    def new_cache(self, batch: int, max_length: int) -> list[list[Tensor]]:
-        return [self.decision.new_cache(batch, max_length), self.dynamic.new_cache(batch, max_length)]
+    def new_cache(self, batch: int, max_length: int, slots: int | None = None) -> list[list[Tensor]]:
+        """The caches of both layers; `slots` is that of the routed one."""
+        return [self.decision.new_cache(batch, max_length), self.dynamic.new_cache(batch, max_length, slots)]
 
 
 class MixtureOfDepthsLayer(RoutedLayer):
