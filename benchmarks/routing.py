@@ -107,16 +107,14 @@ def layers(device: str) -> list[dict]:
     dynamic, mod = DynamicLayer(block), MixtureOfDepthsLayer(block, dim).to(device, dtype)
     student = SubjectiveTimescaleLayer(block, dim).to(device, dtype)
     for _ in range(2):  # where the student routes half of the tokens
-        idx, mask = student.top_k(student.router(x))
-        student.calibrate(student.router(x), mask)
+        student.calibrate(student.router(x), student.top_k(student.router(x))[1])
     student.eval().trim = True
-    ours = simplex_ops.route_gather(x, idx)
 
     def route() -> torch.Tensor:
         chosen, _ = dynamic.top_k(gate)
         rows = simplex_ops.route_gather(x, chosen)
         positions.gather(1, chosen.long())
-        return simplex_ops.route_scatter_add(x, ours - rows, chosen, gate.gather(1, chosen.long()))
+        return simplex_ops.route_scatter_add(x, rows, chosen, gate.gather(1, chosen.long()))
 
     routing = median_ms(route, device)
     calls = {

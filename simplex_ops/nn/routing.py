@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simplex_ops.causal_route_logits import causal_route_logits
 from simplex_ops.nn.routed_layer import RoutedLayer, positions_of, tell, wide
 from simplex_ops.surprise_gate import surprise_gate
 
@@ -205,6 +206,8 @@ class MixtureOfDepthsLayer(RoutedLayer):
         self.router = nn.Linear(dim, 1, bias=False, device=device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # 16-bit weights would tie
-            weight = F.linear(x.to(wide(x.dtype)), self.router.weight.to(wide(x.dtype))).squeeze(-1)
+        # The op of the causal router, blind for the token before: it reads 16-bit data and adds up in float32, where a
+        # linear layer would tie or copy.
+        of_token = self.router.weight[0].to(wide(x.dtype))
+        weight = causal_route_logits(x, F.pad(of_token, (0, x.shape[-1])))
         return self.route(x, weight, positions_of(x, positions), cache)
