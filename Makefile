@@ -5,6 +5,8 @@ VENV_ARGS ?=
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Most tests keep one core busy. Where there is a GPU, its memory is not to be shared.
+WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -30,7 +32,7 @@ demo: .venv/installed-demo
 	$(BIN)/python examples/train_lm.py --out demo_out $(DEMO_ARGS)
 
 test: .venv/installed-test
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 
 wheel: build/wheel.stamp
 

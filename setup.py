@@ -44,8 +44,9 @@ def binding_name() -> str:
     return f"_autograd_{major}_{minor}.so"
 
 
-def compile_library(name: str, sources: list[Path], defines: str = "", also: list[Path] | None = None) -> Path:
-    """build/cpp/<torch>/<name>, incrementally. `also`: what the kernel table includes behind the compiler's back."""
+def compile_library(name: str, sources: list[Path], defines="", also: list[Path] = (), targets: list[str] = ()) -> Path:
+    """build/cpp/<torch>/<name>, incrementally, or only the `targets` of it. `also`: what the kernel table includes behind
+    the compiler's back."""
     import torch
     import triton
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -63,11 +64,11 @@ def compile_library(name: str, sources: list[Path], defines: str = "", also: lis
     lines, objects = [rules], []
     for source in sources:
         objects.append(f"{source.stem}.o")
-        hidden = f" | {' '.join(map(str, also or []))}" if source.parent == KERNELS else ""
+        hidden = f" | {' '.join(map(str, also))}" if source.parent == KERNELS else ""
         lines.append(f"build {objects[-1]}: compile {source}{hidden}\n  flags = {flags}")
     lines.append(f"build {name}: link {' '.join(objects)}\ndefault {name}\n")
     (folder / f"{name}.ninja").write_text("\n".join(lines))
-    subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-f", f"{name}.ninja"], check=True)
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-f", f"{name}.ninja", *targets], check=True)
     return folder / name
 
 
@@ -77,15 +78,23 @@ def build_binding() -> Path:
 
 def build_package() -> list[Path]:
     """Everything compiled that belongs into simplex_ops/."""
-    if not os.environ.get("SIMPLEX_KERNELS_DIR"):
-        subprocess.run([sys.executable, "-m", "triton_kernels.build", str(KERNELS)], check=True, cwd=ROOT)
     sources = sorted(set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc/autograd.cpp"})
-    library = compile_library("_C.so", [*sources, KERNELS / "kernels.cpp"], STABLE_ABI, sorted(KERNELS.glob("*.cubin")))
     prebuilt = os.environ.get("SIMPLEX_BINDINGS_DIR")
     bindings = sorted(Path(prebuilt).glob("_autograd_*.so")) if prebuilt else []
-    if binding_name() not in [b.name for b in bindings]:
-        bindings.append(build_binding())
-    return [library, *bindings, KERNELS / "manifest.json"]
+
+    def compile_core(targets=()):
+        cubins = sorted(KERNELS.glob("*.cubin"))
+        return compile_library("_C.so", [*sources, KERNELS / "kernels.cpp"], STABLE_ABI, cubins, targets)
+
+    # The C++ compiles while the kernels do: its largest files, one core each, would leave the others idle.
+    command = [sys.executable, "-m", "triton_kernels.build", str(KERNELS)]
+    with subprocess.Popen("true" if os.environ.get("SIMPLEX_KERNELS_DIR") else command, cwd=ROOT) as kernels:
+        if binding_name() not in [b.name for b in bindings]:
+            bindings.append(build_binding())
+        compile_core([f"{source.stem}.o" for source in sources])
+    if kernels.returncode:
+        raise subprocess.CalledProcessError(kernels.returncode, command)
+    return [compile_core(), *bindings, KERNELS / "manifest.json"]
 
 
 class BuildLibraries(build_ext):

@@ -58,6 +58,7 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
 // ---- CUDA
 
 const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
+const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
@@ -111,6 +112,15 @@ struct Launch {
     return family.find(device, {dtype, head_dim, 1});
   }
 
+  const Kernel& select_forward() const {
+    // A warpgroup of the scaled kernel walks the short keys that any of its 64 rows sees: no waste where they are of
+    // one token, and what it gains is lost where their tokens are many next to the window (docs/kernels.md).
+    const int64_t other_tokens = (64 + p.group() - 1) / p.group() - 1;
+    const bool pays = 2 * axes.w_short >= 3 * other_tokens;
+    const Kernel* scaled = pays ? kForwardScaled.find_if(device, {dtype, head_dim}) : nullptr;
+    return scaled ? *scaled : select(kForward);
+  }
+
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
     const int64_t programs = programs_per_head * p.B * p.Hkv;
     STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs,
@@ -162,7 +172,7 @@ class Args {
 
 void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   const Launch l("two_simplicial_attention", p);
-  const Kernel& kernel = l.select(kForward);
+  const Kernel& kernel = l.select_forward();
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
          Args(l)
              .inputs()

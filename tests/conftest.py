@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before the first matmul
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads that wait must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # importmode=importlib leaves it out; tests import `reference` and `problem`
@@ -13,6 +15,7 @@ sys.path.insert(
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import Interpreter
 from problem import DTYPES
 
 # Shapes decide the time of a case, so a deadline would only measure the other jobs of the machine.
@@ -45,6 +48,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] * (d == "cuda")) for d in DTYPES])
 def device(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """interpreter(module, case): module.run_case(**case) where Triton's kernels run in its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(autouse=True)

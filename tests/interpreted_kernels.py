@@ -1,10 +1,4 @@
-"""Runs the Triton kernels of 2-simplicial attention in Triton's interpreter and prints their errors as JSON.
-
-A program of its own, started by test_kernels.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
-"""
-
-import json
-import sys
+"""The Triton kernels of 2-simplicial attention and their errors; imported by the process of interpreter.py only."""
 
 import torch
 from problem import draw, evaluate
@@ -64,18 +58,12 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
     return [out, lse, *grads]
 
 
-def main(case):
-    torch.manual_seed(7)
-    how = {name: case.pop(name) for name in ("head_dim", "share", "chunk_tiles", "num_splits")}
-    case["dtype"] = getattr(torch, case["dtype"])
-    problem = draw(**case)
+def run_case(head_dim=16, share=1, chunk_tiles=1, num_splits=1, dtype="float32", **case):
+    """{output: relative error}."""
+    problem = draw(dtype=getattr(torch, dtype), **case)
     names = ["out", "lse", *(f"grad_{x}" for x in ("q", "k1", "k2", "v1", "v2"))]
     truth = evaluate(reference, problem, torch.float64)
     errors = {}
-    for name, actual in zip(names, run(problem, **how), strict=True):
+    for name, actual in zip(names, run(problem, head_dim, share, chunk_tiles, num_splits), strict=True):
         errors[name] = ((actual.double() - truth[name]).norm() / (truth[name].norm() + 1e-30)).item()
-    print(json.dumps(errors))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return errors

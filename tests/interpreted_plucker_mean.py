@@ -1,10 +1,4 @@
-"""Runs the Triton kernels of plucker_mean in Triton's interpreter and prints their errors as JSON.
-
-A program of its own, started by test_plucker_mean.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
-"""
-
-import json
-import sys
+"""The Triton kernels of plucker_mean and their errors; imported by the process of interpreter.py only."""
 
 import torch
 from grassmann import draw, truth_of
@@ -38,9 +32,8 @@ def run(problem, head_dim, block):
     return pbar, seen, grad_z
 
 
-def errors_of(head_dim=16, dtype="float32", **case):
-    block = case.pop("block")
-    torch.manual_seed(7)
+def run_case(block, head_dim=16, dtype="float32", **case):
+    """{output: relative error}."""
     problem = draw(mix=False, dtype=getattr(torch, dtype), **case)
     pbar, seen, grad_z = run(problem, head_dim, block)
     position = torch.arange(pbar.shape[1])
@@ -55,7 +48,3 @@ def errors_of(head_dim=16, dtype="float32", **case):
         size = truth[name].norm() if problem.inputs["z"].shape[-1] > 2 else problem.grad.double().norm()
         errors[name] = ((actual.double() - truth[name]).norm() / (size + 1e-30)).item()
     return errors
-
-
-if __name__ == "__main__":
-    print(json.dumps({name: errors_of(**case) for name, case in json.loads(sys.argv[1]).items()}))

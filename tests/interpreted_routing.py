@@ -1,9 +1,7 @@
-"""Runs the Triton kernels of routing and the surprise gate in Triton's interpreter and asserts what they compute.
+"""The Triton kernels of routing and the surprise gate, and what they must compute, which each case asserts itself.
 
-A program of its own, started by test_routing_kernels.py with TRITON_INTERPRET=1: Triton reads it when a kernel is decorated.
+Imported by the process of interpreter.py only.
 """
-
-import sys
 
 import reference
 import torch
@@ -181,6 +179,6 @@ CASES = {
     "moves, fp16": lambda: [check_moves(torch.float16, gated) for gated in (False, True)],
 }
 
-if __name__ == "__main__":
-    torch.manual_seed(7)
-    CASES[sys.argv[1]]()
+
+def run_case(name):
+    CASES[name]()

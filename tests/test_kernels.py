@@ -12,13 +12,8 @@ import pytest
 import simplex_ops
 
 ROOT = Path(__file__).parents[1]
-TESTS = Path(__file__).parent
 # Shared memory of one block on 8.6, 8.9 and 12.0, the smallest of the GPUs that run the sm80 and sm120f cubins.
 SMALLEST_SHARED = 99 << 10
-
-
-def environment(**more):
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])} | more
 
 
 CASES = {
@@ -37,16 +32,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_arithmetic_in_the_interpreter(name):
+def test_arithmetic_in_the_interpreter(name, interpreter):
     """Out, lse and all gradients of the kernel bodies against the fp64 truth; memory starts as NaN."""
-    case = dict(share=1, chunk_tiles=1, num_splits=1, head_dim=16, dtype="float32") | CASES[name]
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "interpreted_kernels.py"), json.dumps(case)],
-        env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    allowed = 2e-3 if case["dtype"] == "float16" else 2e-6
-    for output, error in json.loads(done.stdout.splitlines()[-1]).items():
+    allowed = 2e-3 if CASES[name].get("dtype") == "float16" else 2e-6
+    for output, error in interpreter("interpreted_kernels", CASES[name]).items():
         assert error < allowed, f"{output}: relative error {error:.1e}"  # NaN fails too
 
 
@@ -85,7 +74,7 @@ for variant in build.all_variants():
 """
     families = {row["family"]: row for row in manifest["kernels"] if row["key"].get("HEAD_DIM", 32) == 32}
     command = [sys.executable, "-c", script, str(tmp_path / "cache"), *(row["name"] for row in families.values())]
-    env = environment(PYTHONPATH=str(tmp_path / "elsewhere"))
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere")}
     built = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
     assert dict(zip(built[::2], built[1::2], strict=True)) == {r["name"]: r["sha256"] for r in families.values()}
 

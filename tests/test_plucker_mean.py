@@ -1,11 +1,6 @@
 """plucker_mean: accuracy by the 2x rule against the naive form, and what its equation promises."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import grassmann
 import pytest
@@ -194,21 +189,8 @@ INTERPRETED = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """{case: {output: error}}, from one process: Triton takes seconds to import."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    done = subprocess.run(
-        [sys.executable, str(tests / "interpreted_plucker_mean.py"), json.dumps(INTERPRETED)],
-        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(name, interpreted):
+def test_kernels_in_the_interpreter(name, interpreter):
     """The bodies of the Triton kernels against the fp64 truth; memory starts as NaN."""
-    for output, error in interpreted[name].items():
+    for output, error in interpreter("interpreted_plucker_mean", INTERPRETED[name]).items():
         assert error < (2e-3 if "fp16" in name else 3e-6), f"{output}: {error:.1e}"  # NaN fails too

@@ -1,5 +1,6 @@
 """What the host tests share: the extension's build, rows of a kernel table, what the fake driver saw."""
 
+import fcntl
 import importlib.util
 import re
 import subprocess
@@ -41,8 +42,10 @@ def build() -> Path:
     lines = [RULES.format(flags=f"{flags} -idirafter {triton / 'backends/nvidia/include'}")]
     lines += [f"build {source.stem}.o: compile {source}" for source in SOURCES]
     lines.append(f"build {library}: link {' '.join(f'{source.stem}.o' for source in SOURCES)}\n")
-    (folder / "build.ninja").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers of pytest-xdist one builds and the others find it done
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the test extension does not compile:\n{done.stdout}{done.stderr}")
     return folder / library
