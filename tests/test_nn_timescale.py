@@ -176,7 +176,15 @@ def test_calibration_keeps_the_capacity(device):
         layer(batch)
         share.append(layer.report["mask"].float().mean())
     assert torch.stack(share).mean().item() == pytest.approx(0.25, abs=0.03)
-    assert layer.to(torch.bfloat16).threshold.dtype == torch.float32
+
+
+def test_what_keeps_its_dtype(device):
+    layer = make(device).to(torch.bfloat16)
+    assert {layer.threshold.dtype, layer.calibrations.dtype, layer.block.attention.frequencies.dtype} == {torch.float32}
+    assert layer.router.weight.dtype == torch.bfloat16
+    with torch.device("meta"):
+        layer = SubjectiveTimescaleLayer(Block(), DIM)
+    assert layer.to_empty(device=device).threshold.device.type == device
 
 
 def test_threshold_trades_speed_for_quality(device):

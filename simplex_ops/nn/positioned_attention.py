@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simplex_ops.nn.keeps_dtype import KeepsDtype
 from simplex_ops.nn.rotary import frequencies, rotate
 from simplex_ops.route_kv_append import route_kv_append_
 
 
-class PositionedAttention(nn.Module):
+class PositionedAttention(KeepsDtype):
     """Causal `scaled_dot_product_attention` with grouped heads, rotary embedding at given positions and a compact cache.
 
     ``forward(x, positions)`` attends among the tokens of x [batch, n, dim], which stand at positions [batch, n] of their
@@ -20,6 +21,7 @@ class PositionedAttention(nn.Module):
     The slots with position -1 are empty and must be the last ones of their sequence; what is returned there is of no use.
     """
 
+    kept = ("frequencies",)  # angles are not for 16 bits: a far position would turn by another one
     frequencies: Tensor
 
     def __init__(
@@ -49,7 +51,6 @@ class PositionedAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        # Angles are not for 16 bits: they would merge the positions past 256.
         turn = self.frequencies.to(torch.promote_types(x.dtype, torch.float32))
         angles = positions[:, None, :, None] * turn
         q = rotate(q.transpose(1, 2), angles)

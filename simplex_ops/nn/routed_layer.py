@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simplex_ops.nn.keeps_dtype import KeepsDtype
 from simplex_ops.routing import route_gather, route_scatter_add, threshold_route, topk_route
 
 
-class RoutedLayer(nn.Module):
+class RoutedLayer(KeepsDtype):
     """A block for some of the tokens, the identity for the others.
 
     In training mode ``k = max(1, floor(capacity * length))`` tokens of each sequence are routed, those with the highest
@@ -27,6 +28,7 @@ class RoutedLayer(nn.Module):
         report: statistics of the last forward pass, see `routing_statistics`.
     """
 
+    kept = ("threshold", "calibrations")  # scores are float32 whatever the model is in
     threshold: Tensor
     calibrations: Tensor
 
@@ -40,14 +42,6 @@ class RoutedLayer(nn.Module):
         self.report: dict[str, Tensor] = {}
         self.register_buffer("threshold", torch.zeros((), device=device))
         self.register_buffer("calibrations", torch.zeros((), device=device))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves between devices, but a threshold keeps its dtype: scores are float32 whatever the model is in."""
-        kept = self.threshold, self.calibrations
-        super()._apply(fn, recurse)
-        if not kept[0].is_meta:
-            self.threshold, self.calibrations = (x.to(self.threshold.device) for x in kept)
-        return self
 
     def new_cache(self, batch: int, max_length: int, slots: int | None = None) -> list[Tensor]:
         """The block's cache for `batch` texts of at most `max_length` tokens, of `slots` rows each: by default the share
