@@ -1,9 +1,9 @@
 // Grassmann mixing: the mean of the Pluecker vectors (plucker_mean.h), then one matrix product.
 //
 // The backward pass computes the mean anew, which is cheap beside the products, so that nothing but z is saved for it.
-#include <algorithm>
+#include "grassmann_mix.h"
 
-#include "plucker_mean.h"
+#include <algorithm>
 
 namespace simplex {
 namespace {
@@ -34,15 +34,12 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-struct GrassmannMix {
-  PluckerMean front;
-  int64_t d;
-};
+}  // namespace
 
 // The fake kernels (simplex_ops/grassmann_mix.py) check the same in the same words.
-GrassmannMix checked(const char* op, const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
-                     const std::optional<Tensor>& cu_seqlens) {
+GrassmannMix checked_grassmann_mix(const char* op, const Tensor& z, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const std::vector<int64_t>& offsets,
+                                   const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens) {
   const PluckerMean front = checked_plucker_mean(op, z, offsets, valid, cu_seqlens);
   SIMPLEX_EXPECT(weight.dim() == 2, op, "weight to be 2-dimensional [d, r * (r - 1) / 2], got ", weight.dim(),
                  " dimensions");
@@ -56,31 +53,43 @@ GrassmannMix checked(const char* op, const Tensor& z, const Tensor& weight, cons
   return {front, d};
 }
 
-// The mean [B, L, P] and where there is one [B, L, 1].
+namespace {
+
+// The mean [B, L - history, P] and where there is one [B, L - history, 1].
 std::pair<Tensor, Tensor> front_end(const PluckerMean& p) {
-  Tensor pbar = empty_like_device(p.z, {p.B, p.L, p.planes()}, p.dtype);
-  Tensor seen = empty_like_device(p.z, {p.B, p.L, 1}, p.dtype);
+  Tensor pbar = empty_like_device(p.z, {p.B, p.L - p.history, p.planes()}, p.dtype);
+  Tensor seen = empty_like_device(p.z, {p.B, p.L - p.history, 1}, p.dtype);
   plucker_mean_forward(p, pbar, seen);
   return {pbar, seen};
 }
 
+}  // namespace
+
+Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, int64_t empty,
+             bool bias_everywhere) {
+  if (p.outputs() * weight.size(0) == 0) {
+    return empty_like_device(p.z, {p.B, p.L - p.history, weight.size(0)}, p.dtype);
+  }
+  const auto [pbar, seen] = front_end(p);
+  Tensor g = linear(pbar, weight, bias);
+  if (!bias || bias_everywhere) return g;
+  if (empty < 0) {
+    scale(g, seen);
+  } else if (empty > 0) {
+    Tensor without = torch::stable::narrow(g, 1, 0, empty);
+    torch::stable::zero_(without);
+  }
+  return g;
+}
+
+namespace {
+
 Tensor grassmann_mix(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                      const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
-  const auto [p, d] = checked("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens);
-  if (p.tokens() * d == 0) return empty_like_device(z, {p.B, p.L, d}, p.dtype);
-  const auto [pbar, seen] = front_end(p);
-  Tensor g = linear(pbar, weight, bias);
-  if (bias && !bias_everywhere) {
-    if (p.valid) {
-      scale(g, seen);
-    } else {  // then the tokens without a pair are the first ones of each sequence
-      const int64_t smallest = *std::min_element(offsets.begin(), offsets.end());
-      Tensor without = torch::stable::narrow(g, 1, 0, std::min(smallest, p.L));
-      torch::stable::zero_(without);
-    }
-  }
-  return g;
+  const auto [p, d] = checked_grassmann_mix("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens);
+  const int64_t empty = std::min(*std::min_element(offsets.begin(), offsets.end()), p.L);
+  return mixed(p, weight, bias, p.valid || p.starts ? -1 : empty, bias_everywhere);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
@@ -89,7 +98,7 @@ Gradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Te
                                  const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                                  const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
   constexpr const char* op = "grassmann_mix_backward";
-  const auto [p, d] = checked(op, z, weight, std::nullopt, offsets, valid, cu_seqlens);
+  const auto [p, d] = checked_grassmann_mix(op, z, weight, std::nullopt, offsets, valid, cu_seqlens);
   expect_sizes(op, "grad_g", grad_g, {p.B, p.L, d}, "batch and length of z, d of weight");
   expect_like(op, "grad_g", grad_g, "z", z);
 

@@ -64,6 +64,12 @@ void expect_sizes(const char* op, const char* name, const Tensor& t, std::initia
                  shape_string(t));
 }
 
+void expect_shape_of(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  const auto sizes = t.sizes(), expected = other.sizes();
+  SIMPLEX_EXPECT(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, name, " to have shape ",
+                 shape_string(other), " (that of ", other_name, "), got ", shape_string(t));
+}
+
 void expect_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
   SIMPLEX_EXPECT(t.scalar_type() == dtype, op, name, " to have dtype ", torch::headeronly::toString(dtype), ", got ",
                  dtype_string(t));

@@ -38,6 +38,7 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 // dtype and device of another argument, a floating dtype that the kernels of t's device read.
 void expect_sizes(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
                   const char* origin);
+void expect_shape_of(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 void expect_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype);
 void expect_device(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 void expect_like(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);

@@ -2,17 +2,42 @@
 
 #include <array>
 
+#include "elements.h"
 #include "kernel.h"
 
 namespace simplex {
 
+namespace {
+
+// Only the CPU looks at the values: on CUDA that would wait for the GPU.
+const Tensor& checked_starts(const char* op, const Tensor& cu_seqlens, const Tensor& z) {
+  SIMPLEX_EXPECT(cu_seqlens.dim() == 1, op, "cu_seqlens to be 1-dimensional [sequences + 1], got ", cu_seqlens.dim(),
+                 " dimensions");
+  const int64_t count = cu_seqlens.size(0), L = z.size(1);
+  SIMPLEX_EXPECT(count >= 2, op, "cu_seqlens to hold at least 2 values, got ", count);
+  expect_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
+  expect_device(op, "cu_seqlens", cu_seqlens, "z", z);
+  SIMPLEX_EXPECT(z.size(0) == 1, op, "the batch of z to be 1 with cu_seqlens, got ", z.size(0));
+  if (cu_seqlens.is_cpu()) {
+    const Tensor values = packed(cu_seqlens);
+    const int32_t* const at = elements<int32_t>(values);
+    for (int64_t i = 0; i < count; ++i) {
+      SIMPLEX_EXPECT(at[i] >= (i == 0 ? 0 : at[i - 1]), op, "cu_seqlens to ascend from 0, got ", at[i], " at ", i);
+    }
+    SIMPLEX_EXPECT(at[0] == 0, op, "cu_seqlens to ascend from 0, got ", at[0], " at 0");
+    SIMPLEX_EXPECT(at[count - 1] == L, op, "cu_seqlens to end with the length of z (", L, "), got ", at[count - 1]);
+  }
+  return cu_seqlens;
+}
+
+}  // namespace
+
 // The fake kernels (simplex_ops/plucker_mean.py) check the same in the same words.
 PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
                                  const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens) {
-  SIMPLEX_EXPECT(!cu_seqlens, op, "cu_seqlens to be None: packed sequences are not built yet");
   SIMPLEX_EXPECT(z.dim() == 3, op, "z to be 3-dimensional [batch, length, r], got ", z.dim(), " dimensions");
   expect_floating(op, "z", z);
-  PluckerMean p{z, std::nullopt, {}, z.size(0), z.size(1), z.size(2), z.scalar_type()};
+  PluckerMean p{z, std::nullopt, std::nullopt, {}, z.size(0), z.size(1), z.size(2), z.scalar_type()};
   SIMPLEX_EXPECT(p.r >= 2 && p.r <= kMaxRank, op, "the last dim of z to be from 2 to 128, got ", p.r);
   SIMPLEX_EXPECT(!offsets.empty(), op, "offsets to hold at least one offset, got []");
   for (int64_t offset : offsets) {
@@ -25,6 +50,7 @@ PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vec
     expect_device(op, "valid", *valid, "z", z);
     p.valid = packed(*valid);
   }
+  if (cu_seqlens) p.starts = packed(checked_starts(op, *cu_seqlens, z));
   p.z = packed(z);
   return p;
 }
@@ -55,18 +81,28 @@ class Launch {
     const int64_t block = kernel["BLOCK_T"];
     std::vector<Arg> args = {{"z_ptr", p_.z.const_data_ptr()},
                              {"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
+                             {"cu_seqlens_ptr", (p_.starts ? *p_.starts : p_.z).const_data_ptr()},
                              {"offsets_ptr", offsets_.const_data_ptr()}};
     args.insert(args.end(), pointers);
-    args.insert(args.end(), {{"num_tokens", static_cast<int32_t>(p_.tokens())},
+    args.insert(args.end(), {{"num_tokens", static_cast<int32_t>(p_.outputs())},
                              {"length", static_cast<int32_t>(p_.L)},
                              {"r", static_cast<int32_t>(p_.r)},
                              {"num_offsets", static_cast<int32_t>(p_.offsets.size())},
-                             {"has_valid", static_cast<int32_t>(p_.valid.has_value())}});
-    const auto blocks = static_cast<unsigned>((p_.tokens() + block - 1) / block);
+                             {"has_valid", static_cast<int32_t>(p_.valid.has_value())},
+                             {"num_sequences", static_cast<int32_t>(p_.sequences())},
+                             {"search_steps", search_steps()}});
+    const auto blocks = static_cast<unsigned>((p_.outputs() + block - 1) / block);
     launch(kernel, device_, stream_, {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
   }
 
  private:
+  // Of the bisection that finds a token's sequence.
+  int32_t search_steps() const {
+    int32_t steps = 0;
+    while (int64_t{1} << steps < p_.sequences()) ++steps;
+    return steps;
+  }
+
   // As arguments of a kernel: a copy from the CPU could not be captured in a CUDA graph, and would wait for the GPU.
   Tensor write_offsets() const {
     constexpr size_t kAtOnce = 8;
@@ -93,7 +129,9 @@ class Launch {
 
 void forward_cuda(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
   const Launch launch(p);
-  launch(kForward, {{"pbar_ptr", pbar.const_data_ptr()}, {"seen_ptr", seen.const_data_ptr()}});
+  launch(kForward, {{"pbar_ptr", pbar.const_data_ptr()},
+                    {"seen_ptr", seen.const_data_ptr()},
+                    {"history", static_cast<int32_t>(p.history)}});
 }
 
 void backward_cuda(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
@@ -111,7 +149,7 @@ void backward_cuda(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z
 }  // namespace
 
 void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
-  if (p.tokens() > 0) (p.z.is_cpu() ? plucker_mean_forward_cpu : forward_cuda)(p, pbar, seen);
+  if (p.outputs() > 0) (p.z.is_cpu() ? plucker_mean_forward_cpu : forward_cuda)(p, pbar, seen);
 }
 
 void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {

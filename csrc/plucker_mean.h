@@ -14,19 +14,24 @@ constexpr int64_t kMaxRank = 128;
 struct PluckerMean {
   Tensor z;                      // packed() [B, L, r]
   std::optional<Tensor> valid;   // packed() [B, L] bool
+  std::optional<Tensor> starts;  // packed() cu_seqlens, [S + 1] int32: no pair crosses a sequence's start; B is 1
   std::vector<int64_t> offsets;  // those below L, in the caller's order: no other pairs anything
   int64_t B, L, r;
   ScalarType dtype;
+  int64_t history = 0;  // so many first tokens of each row are only seen; the forward pass has no output for them
 
   int64_t tokens() const { return B * L; }
+  int64_t outputs() const { return B * (L - history); }
+  // Those packed into the one row of z, 0 if z is not packed.
+  int64_t sequences() const { return starts ? starts->size(0) - 1 : 0; }
   int64_t planes() const { return r * (r - 1) / 2; }
 };
 
 PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
                                  const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens);
 
-// pbar: packed() [B, L, P]. seen: packed() [B, L] of z's dtype, 1 where N_t > 0 and 0 elsewhere. Both are written
-// whole.
+// pbar: packed() [B, L - history, P]. seen: packed() [B, L - history] of z's dtype, 1 where N_t > 0 and 0 elsewhere.
+// Both are written whole.
 void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen);
 // grad_pbar: packed() [B, L, P]. grad_z: packed() [B, L, r], written whole.
 void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);

@@ -1,5 +1,6 @@
 // plucker_mean on the CPU: a token after the other, gradients gathered by the token they belong to, so that the result
 // does not depend on the number of threads.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -48,6 +49,11 @@ Angle<T> angle(const T* u, const T* v, int64_t width, T* __restrict direction) {
   return {cosine, sine, spans};
 }
 
+// The tokens from begin to end - 1, of which no other ones see any.
+struct Sequence {
+  int64_t begin, end;
+};
+
 // One call, every token normalised.
 template <class In>
 struct Problem {
@@ -66,27 +72,35 @@ struct Problem {
         units(p.tokens() * width),
         sizes(p.tokens() * 2) {
     const In* const z = elements<In>(p.z);
-    for_each_token([&](int64_t token, int64_t) { normalize(z + token * r, &units[token * width], &sizes[token * 2]); });
+    for_each_token(
+        [&](int64_t token, Sequence) { normalize(z + token * r, &units[token * width], &sizes[token * 2]); });
   }
 
   const T* unit(int64_t token) const { return &units[token * width]; }
 
-  // work(token, its position), in parallel.
+  // work(token, its sequence), in parallel.
   template <class Work>
   void for_each_token(Work work) const {
     torch::stable::parallel_for(0, p.tokens(), 32, [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; ++token) work(token, token % p.L);
+      for (int64_t token = begin; token < end; ++token) work(token, sequence(token));
     });
+  }
+
+  Sequence sequence(int64_t token) const {
+    if (!p.starts) return {token - token % p.L, token - token % p.L + p.L};
+    const int32_t* const starts = elements<int32_t>(*p.starts);
+    const int32_t* const after = std::upper_bound(starts, starts + p.sequences(), token);
+    return {after[-1], *after};
   }
 
   bool pairs(int64_t token, int64_t other) const { return !valid || (valid[token] && valid[other]); }
 
   // work(earlier token) for every pair of this one; returns their number N_t.
   template <class Work>
-  int64_t for_each_pair(int64_t token, int64_t position, Work work) const {
+  int64_t for_each_pair(int64_t token, Sequence sequence, Work work) const {
     int64_t count = 0;
     for (int64_t offset : p.offsets) {
-      if (position < offset || !pairs(token, token - offset)) continue;
+      if (token - offset < sequence.begin || !pairs(token, token - offset)) continue;
       ++count;
       work(token - offset);
     }
@@ -94,10 +108,10 @@ struct Problem {
   }
 
   // mean: Y_t. Returns N_t.
-  int64_t mean_direction(int64_t token, int64_t position, T* __restrict mean) const {
+  int64_t mean_direction(int64_t token, Sequence sequence, T* __restrict mean) const {
     T direction[kMaxRank];
     std::fill(mean, mean + width, T(0));
-    const int64_t count = for_each_pair(token, position, [&](int64_t other) {
+    const int64_t count = for_each_pair(token, sequence, [&](int64_t other) {
       angle(unit(token), unit(other), width, direction);
       add_scaled(T(1), direction, mean, 0, width);
     });
@@ -127,12 +141,14 @@ void forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
   const Problem<In> problem(p);
   In* const out = mutable_elements<In>(pbar);
   In* const seen_out = mutable_elements<In>(seen);
-  problem.for_each_token([&](int64_t token, int64_t position) {
+  problem.for_each_token([&](int64_t token, Sequence sequence) {
+    if (token % p.L < p.history) return;
+    const int64_t output = token - (token / p.L + 1) * p.history;
     T mean[kMaxRank];
-    const int64_t count = problem.mean_direction(token, position, mean);
-    seen_out[token] = In(count > 0 ? 1.0f : 0.0f);
+    const int64_t count = problem.mean_direction(token, sequence, mean);
+    seen_out[output] = In(count > 0 ? 1.0f : 0.0f);
     const T* const u = problem.unit(token);
-    In* __restrict row = out + token * p.planes();
+    In* __restrict row = out + output * p.planes();
     for (int64_t i = 0; i < p.r; ++i) {
       const T u_i = u[i], mean_i = mean[i];
       for (int64_t j = i + 1; j < p.r; ++j) *row++ = In(u_i * mean[j] - mean_i * u[j]);
@@ -165,15 +181,15 @@ void backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
 
   // What a token's own mean tells it (times |z_t|), and h_t / N_t, which the earlier tokens of its pairs need.
   std::vector<T> own(p.tokens() * width), shares(p.tokens() * width);
-  problem.for_each_token([&](int64_t token, int64_t position) {
+  problem.for_each_token([&](int64_t token, Sequence sequence) {
     T mean[kMaxRank], direction[kMaxRank], turn[kMaxRank] = {};
-    const int64_t count = problem.mean_direction(token, position, mean);
+    const int64_t count = problem.mean_direction(token, sequence, mean);
     if (count == 0) return;
     const T* const u = problem.unit(token);
     T *const share = &shares[token * width], *const sum = &own[token * width];
     contract(grad + token * p.planes(), p.r, width, u, mean, share, sum);
     for (int64_t j = 0; j < width; ++j) share[j] /= T(count);
-    problem.for_each_pair(token, position, [&](int64_t other) {
+    problem.for_each_pair(token, sequence, [&](int64_t other) {
       const Angle<T> between = angle(u, problem.unit(other), width, direction);
       if (!between.spans) return;
       const T beta = dot(direction, share, 0, width), cotangent = between.cosine / between.sine;
@@ -182,12 +198,12 @@ void backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
     add_scaled(T(1), turn, sum, 0, width);
   });
 
-  problem.for_each_token([&](int64_t token, int64_t position) {
+  problem.for_each_token([&](int64_t token, Sequence sequence) {
     T direction[kMaxRank];
     T* const sum = &own[token * width];
     for (int64_t offset : p.offsets) {
       const int64_t later = token + offset;
-      if (position + offset >= p.L || !problem.pairs(token, later)) continue;
+      if (later >= sequence.end || !problem.pairs(token, later)) continue;
       const Angle<T> between = angle(problem.unit(later), problem.unit(token), width, direction);
       if (!between.spans) continue;
       const T* const share = &shares[later * width];

@@ -39,7 +39,7 @@ def grassmann_mix(
         bias: [d] or None.
         offsets: distances to the earlier tokens, each at least 1. Those of length or more pair nothing.
         valid: bool [batch, length]; pairs with a token where it is False do not count.
-        cu_seqlens: reserved for packed sequences; must be None.
+        cu_seqlens: int32 [sequences + 1], ascending from 0 to length: sequences packed into one row, see `plucker_mean`.
         bias_everywhere: add the bias also where N_t = 0, for checkpoints of models that do.
 
     Dtypes: float32, float64, float16, bfloat16 on the CPU; float32, float16, bfloat16 on CUDA. The matrix product is
@@ -49,7 +49,7 @@ def grassmann_mix(
         g [batch, length, d] like z, once differentiable with respect to z, weight and bias.
 
     Raises:
-        RuntimeError: a rank, shape, dtype, device or offset that is not as above, or a reserved argument; the message
+        RuntimeError: a rank, shape, dtype, device, offset or value that is not as above; the message
             names the argument, its value and what was expected.
 
     >>> z, weight = torch.randn(2, 512, 32), torch.randn(256, 496)
@@ -69,7 +69,7 @@ def _forward_fake(
     cu_seqlens: Tensor | None = None,
     bias_everywhere: bool = False,
 ) -> Tensor:
-    _check("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens)
+    check_grassmann_mix("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens)
     return z.new_empty((*z.shape[:2], weight.shape[0]))
 
 
@@ -84,13 +84,13 @@ def _backward_fake(
     bias_everywhere: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "grassmann_mix_backward"
-    _check(op, z, weight, None, offsets, valid, cu_seqlens)
+    check_grassmann_mix(op, z, weight, None, offsets, valid, cu_seqlens)
     expect_sizes(op, "grad_g", grad_g, (*z.shape[:2], weight.shape[0]), "batch and length of z, d of weight")
     expect_like(op, "grad_g", grad_g, "z", z)
     return z.new_empty(z.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-def _check(
+def check_grassmann_mix(
     op: str,
     z: Tensor,
     weight: Tensor,

@@ -33,7 +33,9 @@ def plucker_mean(
         z: tokens [batch, length, r], 2 <= r <= 128.
         offsets: distances to the earlier tokens, each at least 1. Those of length or more pair nothing.
         valid: bool [batch, length]; pairs with a token where it is False do not count.
-        cu_seqlens: reserved for packed sequences; must be None.
+        cu_seqlens: int32 [sequences + 1], ascending from 0 to length: several sequences packed into one row, batch 1, of
+            which the i-th holds the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1. No pair crosses a sequence's start.
+            The CPU checks the values; on CUDA that would wait for the GPU, and wrong ones give wrong numbers.
 
     Dtypes: float32, float64, float16, bfloat16 on the CPU; float32, float16, bfloat16 on CUDA.
 
@@ -41,7 +43,7 @@ def plucker_mean(
         pbar [batch, length, r * (r - 1) / 2] like z, once differentiable with respect to z.
 
     Raises:
-        RuntimeError: a rank, shape, dtype, device or offset that is not as above, or a reserved argument; the message
+        RuntimeError: a rank, shape, dtype, device, offset or value that is not as above; the message
             names the argument, its value and what was expected.
 
     >>> plucker_mean(torch.tensor([[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]]), [1])
@@ -77,7 +79,6 @@ def check_plucker_mean(
     op: str, z: Tensor, offsets: Sequence[int], valid: Tensor | None, cu_seqlens: Tensor | None
 ) -> int:
     """The checks and texts of csrc/plucker_mean.cpp, on sizes that may be symbols; returns r * (r - 1) / 2."""
-    expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
     expect(op, z.dim() == 3, f"z to be 3-dimensional [batch, length, r], got {z.dim()} dimensions")
     expect_floating(op, "z", z)
     r = z.shape[2]
@@ -90,6 +91,14 @@ def check_plucker_mean(
         expect_sizes(op, "valid", valid, (z.shape[0], z.shape[1]), "batch and length of z")
         expect_dtype(op, "valid", valid, torch.bool)
         expect_device(op, "valid", valid, "z", z)
+    if cu_seqlens is not None:
+        what = f"cu_seqlens to be 1-dimensional [sequences + 1], got {cu_seqlens.dim()} dimensions"
+        expect(op, cu_seqlens.dim() == 1, what)
+        count = cu_seqlens.shape[0]
+        expect(op, count >= 2, f"cu_seqlens to hold at least 2 values, got {count}")
+        expect_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+        expect_device(op, "cu_seqlens", cu_seqlens, "z", z)
+        expect(op, z.shape[0] == 1, f"the batch of z to be 1 with cu_seqlens, got {z.shape[0]}")
     return r * (r - 1) // 2
 
 

@@ -18,6 +18,7 @@ class Problem:
     offsets: tuple
     grad: torch.Tensor
     valid: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
     options: dict | None = None  # further arguments of the op
 
 
@@ -36,25 +37,36 @@ def tokens(kind, batch, length, r, device="cpu"):
 
 def draw(
     *, batch=2, length=17, r=7, d=5, offsets=PAPER_OFFSETS, dtype=torch.float32, device="cpu", kind="normal", mix=True,
-    bias=True, masked=False, layout=contiguous, options=None,
+    bias=True, masked=False, packed=False, layout=contiguous, options=None,
 ):  # fmt: skip
     def normal(*shape):
         return torch.randn(shape, device=device).to(dtype)
 
+    if packed:
+        batch = 1
     planes = r * (r - 1) // 2
     inputs = {"z": layout(tokens(kind, batch, length, r, device).to(dtype))}
     if mix:
         inputs |= {"weight": normal(d, planes), "bias": normal(d) if bias else None}
     valid = torch.rand(batch, length, device=device) < 0.7 if masked else None
-    return Problem(inputs, offsets, normal(batch, length, d if mix else planes), valid, options or {})
+    grad = normal(batch, length, d if mix else planes)
+    return Problem(inputs, offsets, grad, valid, starts(length, device) if packed else None, options or {})
+
+
+def starts(length, device):
+    """Bounds of about one sequence in eight tokens, some of them without any."""
+    inner = torch.randint(length + 1, (length // 8 + 2,))
+    return torch.cat([torch.tensor([0, length]), inner, inner[:1]]).sort().values.to(device, torch.int32)
 
 
 def evaluate(function, problem, dtype=None):
-    """{'out', 'grad_z', ...} of function(*inputs, offsets, valid=, **options), computed in `dtype` (default: its own)."""
+    """{'out', 'grad_z', ...} of function(*inputs, offsets, valid=, cu_seqlens=, **options), computed in `dtype` (default: its own)."""
     inputs = {
         n: x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for n, x in problem.inputs.items()
     }
-    out = function(*inputs.values(), problem.offsets, valid=problem.valid, **problem.options)
+    out = function(
+        *inputs.values(), problem.offsets, valid=problem.valid, cu_seqlens=problem.cu_seqlens, **problem.options
+    )
     given = {name: x for name, x in inputs.items() if x is not None}
     gradients = torch.autograd.grad(out, list(given.values()), problem.grad.to(out.dtype))
     return {"out": out.detach()} | {f"grad_{name}": x for name, x in zip(given, gradients, strict=True)}

@@ -43,7 +43,7 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
     )  # fmt: skip
     kernels.two_simplicial_bwd_merge[(blocks * bh,)](
         part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[2], grad_v_ptr=grads[4], w_short=w_short, scale=scale,
-        chunk_rows=chunk_tiles * 16, chunk_span=span, HEAD_DIM=head_dim, BLOCK_N=16, **sizes,
+        chunk_rows=chunk_tiles * 16, chunk_span=span, reach=0, HEAD_DIM=head_dim, BLOCK_N=16, **sizes,
     )  # fmt: skip
     part_k, part_v = nan(bh * blocks * num_splits, 16, dim), nan(bh * blocks * num_splits, 16, dim)
     kernels.two_simplicial_bwd_dkv[(blocks * num_splits * bh,)](

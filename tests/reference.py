@@ -3,6 +3,8 @@
 Differentiable by ordinary autograd, on any device. Deliberately not an implementation to learn speed from.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -129,12 +131,15 @@ def route_scatter_add(base, y, idx, gate=None):
     return base.to(update.dtype).scatter_add(1, into, update).to(base.dtype)
 
 
-def plucker_mean(z, offsets, valid=None, smallest_sine=1e-6):
+def plucker_mean(z, offsets, valid=None, cu_seqlens=None, smallest_sine=1e-6):
     """pbar_t = mean over the offsets with t - offset >= 0 (and both tokens valid) of p / |p|, where p holds the minors
     z_{t,i} z_{t-offset,j} - z_{t,j} z_{t-offset,i}, i < j; 0 for a pair that spans no plane, and where nothing is paired.
 
     z [B, L, r] -> [B, L, r (r - 1) / 2]. Tokens are normalised first, so that |p| is the sine of their angle.
+    Packed sequences are so many calls.
     """
+    if cu_seqlens is not None:
+        return torch.cat([plucker_mean(z[:, s], offsets, _of(valid, s)) for s in _sequences(cu_seqlens)], 1)
     x = z.to(wide(z.dtype))
     norm = x.norm(dim=-1, keepdim=True)
     u = torch.where(norm == 0, 0, x / torch.where(norm == 0, 1, norm))
@@ -152,8 +157,12 @@ def plucker_mean(z, offsets, valid=None, smallest_sine=1e-6):
     return (total / count.clamp(min=1)).to(z.dtype)
 
 
-def grassmann_mix(z, weight, bias, offsets, valid=None, bias_everywhere=False):
+def grassmann_mix(z, weight, bias, offsets, valid=None, cu_seqlens=None, bias_everywhere=False):
     """g_t = W pbar_t + b, without b where nothing is paired unless bias_everywhere."""
+    if cu_seqlens is not None:
+        rest = weight, bias, offsets
+        calls = [grassmann_mix(z[:, s], *rest, _of(valid, s), None, bias_everywhere) for s in _sequences(cu_seqlens)]
+        return torch.cat(calls, 1)
     g = plucker_mean(z, offsets, valid) @ weight.mT
     if bias is None:
         return g
@@ -163,6 +172,21 @@ def grassmann_mix(z, weight, bias, offsets, valid=None, bias_everywhere=False):
         valid = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if valid is None else valid
         pairs = [valid & _earlier(valid, offset) for offset in offsets]
     return g + bias * torch.stack(pairs).any(0)[..., None]
+
+
+def grassmann_blend(h, g, logits):
+    """alpha h + (1 - alpha) g, alpha = sigmoid(logits), element by element."""
+    alpha = torch.sigmoid(logits)
+    return alpha * h + (1 - alpha) * g
+
+
+def _sequences(cu_seqlens):
+    bounds = cu_seqlens.tolist()
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _of(valid, tokens):
+    return None if valid is None else valid[:, tokens]
 
 
 def _earlier(x, offset):

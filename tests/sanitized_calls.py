@@ -47,6 +47,16 @@ def grassmann(dtype, dims):
         for mask in (None, valid):
             differentiate([simplex_ops.grassmann_mix(z, weight, None, (1, 2, 4, 40), valid=mask)], [z, weight])
             differentiate([simplex_ops.plucker_mean(z, (1, 1, 5), valid=mask)], [z])
+        row = z.detach()[:1].requires_grad_()
+        for bounds in ([0, length // 2, length // 2, length], [-9, length + 9], [5, 2**31 - 1, 3]):  # wrong ones, too
+            starts = torch.tensor(bounds, device="cuda", dtype=torch.int32)
+            differentiate([simplex_ops.plucker_mean(row, (1, 5), cu_seqlens=starts)], [row])
+        g = simplex_ops.grassmann_mix(z, weight, None, (1, 2, 4, 40)).detach().requires_grad_()
+        h, logits = (torch.randn_like(g, requires_grad=True) for _ in range(2))
+        differentiate([simplex_ops.grassmann_blend(h, g, logits)], [h, g, logits])
+        ring = torch.zeros(2, 5, r, device="cuda", dtype=dtype)
+        for position in range(0, length, 3):
+            simplex_ops.grassmann_step(z[:, position : position + 3], ring, weight, None, (1, 5), position)
         yield r, length
 
 

@@ -27,7 +27,7 @@ def cases(device):
     factors = {
         "dtype": DTYPES[device], "r": [2, 7, 16, 32, 33, 64, 128], "length": [0, 1, 2, 5, 17, 64, 513], "d": [0, 1, 24, 33],
         "offsets": [PAPER_OFFSETS, (1,), (3,), (1, 1, 2, 2, 4), (5, 600, 2**40), (64, 512), (600,)], "batch": [0, 1, 3],
-        "kind": ["normal", "degenerate", "scaled"], "masked": [False, True], "bias": [False, True],
+        "kind": ["normal", "degenerate", "scaled"], "masked": [False, True], "packed": [False, True], "bias": [False, True],
         "options": [{}, {"bias_everywhere": True}], "layout": LAYOUTS_OF_TOKENS,
     }  # fmt: skip
     names = list(factors)
@@ -62,6 +62,7 @@ def drawn_problems(draw_from):
     case = dict(
         batch=integers(0, 3), length=integers(0, 40), r=integers(2, 40), d=integers(0, 20), offsets=offsets,
         dtype=draw_from(st.sampled_from(DTYPES["cpu"])), masked=draw_from(st.booleans()), bias=draw_from(st.booleans()),
+        packed=draw_from(st.booleans()),
         kind=draw_from(st.sampled_from(["normal", "degenerate", "scaled"])),
         layout=draw_from(st.sampled_from(LAYOUTS_OF_TOKENS)),
         options={"bias_everywhere": draw_from(st.booleans())},
@@ -144,7 +145,13 @@ BAD = {
         "expected valid to have shape [2, 6] (batch and length of z), got [2, 5]",
     ),
     "valid of another dtype": ({"valid": (2, 6)}, "expected valid to have dtype Bool, got Float"),
-    "packed": ({"cu_seqlens": (2,)}, "expected cu_seqlens to be None: packed sequences are not built yet"),
+    "starts of rank 2": (
+        {"cu_seqlens": (1, 2)},
+        "expected cu_seqlens to be 1-dimensional [sequences + 1], got 2 dimensions",
+    ),
+    "no sequence": ({"cu_seqlens": (1,)}, "expected cu_seqlens to hold at least 2 values, got 1"),
+    "starts of another dtype": ({"cu_seqlens": (2,)}, "expected cu_seqlens to have dtype Int, got Float"),
+    "packed and a batch": ({"cu_seqlens": torch.int32}, "expected the batch of z to be 1 with cu_seqlens, got 2"),
 }
 BAD_MIX = {
     "weight of rank 3": (
@@ -174,9 +181,34 @@ def test_bad_input(device, fake, name, case):
     pattern = re.escape(f"{name}: {error.format(device=device)}").replace(r"\.\*", ".*")
     with FakeTensorMode() if fake else nullcontext():
         tensors = [tensor(changes.get(n), GOOD[n], device) for n in names]
-        optional = {n: tensor(changes[n], None, device) for n in ("valid", "cu_seqlens") if n in changes}
+        optional = {n: tensor(changes[n], (2,), device) for n in ("valid", "cu_seqlens") if n in changes}
         with pytest.raises((RuntimeError, ValueError), match=pattern):
             OPS[name](*tensors, changes.get("offsets", GOOD["offsets"]), **optional)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ([1, 6], "to ascend from 0, got 1 at 0"),
+        ([-1, 6], "to ascend from 0, got -1 at 0"),
+        ([0, 5, 4, 6], "to ascend from 0, got 4 at 2"),
+        ([0, 3, 5], r"to end with the length of z \(6\), got 5"),
+        ([0, 7], r"to end with the length of z \(6\), got 7"),
+    ],
+)
+def test_bad_starts(values, error):
+    with pytest.raises(RuntimeError, match=f"plucker_mean: expected cu_seqlens {error}"):
+        simplex_ops.plucker_mean(torch.zeros(1, 6, 4), [1], cu_seqlens=torch.tensor(values, dtype=torch.int32))
+
+
+@pytest.mark.gpu
+def test_bad_starts_read_no_foreign_memory():
+    """CUDA cannot refuse them without waiting; compute-sanitizer runs this too."""
+    z = torch.randn(1, 60, 4, device="cuda", requires_grad=True)
+    for values in ([0, 2**31 - 1], [-(2**31), 60], [50, 10, 40, -3, 2**30], [7, 7]):
+        starts = torch.tensor(values, dtype=torch.int32, device="cuda")
+        op(z, torch.randn(3, 6, device="cuda"), None, [1, 5], cu_seqlens=starts).sum().backward()
+    torch.cuda.synchronize()
 
 
 def test_bad_input_of_backward(device):
@@ -203,15 +235,15 @@ def assert_truth(results, problem):
 
 @pytest.mark.parametrize("mix", [False, True], ids=["plucker_mean", "grassmann_mix"])
 def test_opcheck(device, mix):
-    problem = precise(device, mix=mix)
+    problem = precise(device, mix=mix, packed=True)
     inputs = [x.clone().requires_grad_() for x in problem.inputs.values()]
     forward, backward = (
         getattr(torch.ops.simplex, ("grassmann_mix" if mix else "plucker_mean") + suffix).default
         for suffix in ("", "_backward")
     )
-    for valid in (None, problem.valid):
-        torch.library.opcheck(forward, (*inputs, problem.offsets, valid))
-        torch.library.opcheck(backward, (problem.grad, *[x.detach() for x in inputs[:2]], problem.offsets, valid))
+    for rest in ((None, None), (problem.valid, None), (None, problem.cu_seqlens)):
+        torch.library.opcheck(forward, (*inputs, problem.offsets, *rest))
+        torch.library.opcheck(backward, (problem.grad, *[x.detach() for x in inputs[:2]], problem.offsets, *rest))
 
 
 def test_saves_its_inputs_only(device):
@@ -265,7 +297,7 @@ def test_torchscript(device, tmp_path):
     loaded = torch.jit.load(tmp_path / "mix.pt", map_location=device)
     for _ in range(3):
         problem = precise(device, masked=False, offsets=(1, 2, 30))
-        assert_truth(evaluate(lambda z, weight, bias, offsets, valid: loaded(z, weight, bias), problem), problem)
+        assert_truth(evaluate(lambda z, weight, bias, *_, **__: loaded(z, weight, bias), problem), problem)
 
 
 def test_export_and_aot_inductor(device, tmp_path):

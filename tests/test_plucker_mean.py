@@ -1,5 +1,6 @@
 """plucker_mean: accuracy by the 2x rule against the naive form, and what its equation promises."""
 
+import itertools
 from functools import partial
 
 import grassmann
@@ -7,7 +8,7 @@ import pytest
 import reference
 import torch
 from covering import covering
-from grassmann import DTYPES, check, draw, evaluate
+from grassmann import DTYPES, Problem, check, draw, evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import LAYOUTS, assert_same_bits
@@ -25,7 +26,8 @@ LAYOUTS_OF_TOKENS = [layout for layout in LAYOUTS if layout.__name__ not in ("he
 def cases(device):
     factors = {
         "dtype": DTYPES[device], "r": RANKS, "length": LENGTHS, "offsets": OFFSETS, "batch": [0, 1, 3],
-        "kind": ["normal", "degenerate", "scaled"], "masked": [False, True], "layout": LAYOUTS_OF_TOKENS,
+        "kind": ["normal", "degenerate", "scaled"], "masked": [False, True], "packed": [False, True],
+        "layout": LAYOUTS_OF_TOKENS,
     }  # fmt: skip
     for case in covering(factors, lambda case: case["r"] ** 2 * case["length"] * max(1, case["batch"]) < 1e7):
         yield pytest.param(
@@ -45,6 +47,8 @@ def test_gradcheck():
         valid = torch.rand(2, 6) < 0.8
         for mask in (None, valid):
             assert torch.autograd.gradcheck(partial(op, offsets=offsets, valid=mask), [z])
+        packed = partial(op, offsets=offsets, cu_seqlens=torch.tensor([0, 4, 4, 6], dtype=torch.int32))
+        assert torch.autograd.gradcheck(packed, [z[:1].detach().requires_grad_()])
 
 
 @st.composite
@@ -55,7 +59,7 @@ def drawn_problems(draw_from):
     offsets = tuple(draw_from(st.lists(st.integers(1, 40) | st.just(2**62), min_size=1, max_size=9)))
     case = dict(
         batch=integers(0, 3), length=integers(0, 40), r=integers(2, 40), offsets=offsets, mix=False,
-        dtype=draw_from(st.sampled_from(DTYPES["cpu"])), masked=draw_from(st.booleans()),
+        dtype=draw_from(st.sampled_from(DTYPES["cpu"])), masked=draw_from(st.booleans()), packed=draw_from(st.booleans()),
         kind=draw_from(st.sampled_from(["normal", "degenerate", "scaled"])),
         layout=draw_from(st.sampled_from(LAYOUTS_OF_TOKENS)),
     )  # fmt: skip
@@ -127,6 +131,16 @@ def test_the_mean_is_one_plane(device):
     assert singular[:, 2].max() < 1e-6
 
 
+def test_offsets_are_not_told_apart(device):
+    """The other limit: which of the earlier tokens is at which offset does not matter, nor how long each is."""
+    z = torch.randn(1, 20, 8, device=device)
+    mixed = z.clone()
+    earlier = 19 - torch.tensor(grassmann.PAPER_OFFSETS, device=device)
+    mixed[0, earlier] = torch.rand(6, 1, device=device) * z[0, earlier.flip(0)]
+    first, second = (op(x, grassmann.PAPER_OFFSETS)[0, 19] for x in (z, mixed))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
 def test_causality(device):
     for dtype in DTYPES[device]:
         z = torch.randn(2, 70, 33, device=device).to(dtype)
@@ -136,6 +150,23 @@ def test_causality(device):
         assert_same_bits(after[:, :41], before[:, :41])
         changed = (after != before).any(-1).all(0).nonzero().flatten().tolist()
         assert changed == [41, *(41 + offset for offset in grassmann.PAPER_OFFSETS)]
+
+
+def test_packed_sequences_are_so_many_calls(device):
+    """To the last bit, gradients included; nothing of a sequence, NaN neither, reaches another one."""
+    for dtype in DTYPES[device]:
+        problem = draw(length=90, r=16, offsets=(1, 2, 7, 30), dtype=dtype, device=device, mix=False, packed=True)
+        bounds = [0, 1, 1, 40, 41, 88, 90]
+        problem.cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+        problem.inputs["z"][:, 41:88] = torch.nan
+        whole = evaluate(op, problem)
+        for begin, end in itertools.pairwise(bounds):
+            part = Problem(
+                {"z": problem.inputs["z"][:, begin:end]}, problem.offsets, problem.grad[:, begin:end], options={}
+            )
+            for name, x in evaluate(op, part).items():
+                assert_same_bits(x, whole[name][:, begin:end], name)
+                assert x.isnan().any() == (begin == 41)
 
 
 def test_two_runs_are_bitwise_equal(device):
@@ -181,6 +212,9 @@ INTERPRETED = {
     "r fills the tile": dict(length=9, r=16, block=2),
     "ten offsets, some beyond": dict(length=12, r=5, block=4, offsets=(1, 1, 2, 3, 4, 5, 6, 7, 40, 8, 11)),
     "nothing pairs": dict(length=3, r=5, block=4, offsets=(3,)),
+    "packed": dict(length=21, r=6, block=4, packed=True, masked=True, offsets=(1, 2, 5)),
+    "packed, one token at a time": dict(length=9, r=5, block=1, packed=True, offsets=(1, 2)),
+    "a past without output": dict(length=19, r=6, block=4, history=5, offsets=(1, 2, 7)),
     "masked": dict(length=15, r=7, block=4, masked=True, offsets=(1, 2, 5)),
     "degenerate": dict(length=20, r=9, block=2, kind="degenerate", offsets=(1, 2, 3)),
     "scaled": dict(length=12, r=9, block=2, kind="scaled"),

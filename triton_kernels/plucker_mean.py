@@ -76,6 +76,25 @@ def _angle(u, v):
 
 
 @triton.jit
+def _sequence(cu_seqlens_ptr, token, mask, length, num_sequences, search_steps):
+    """First token of each token's sequence, and the one after its last."""
+    first = token - token % length
+    end = first + length
+    if num_sequences != 0:  # packed into one row of `length` tokens: the last sequence that starts at or before the token
+        low = tl.zeros_like(token)
+        high = low + num_sequences
+        for _ in range(0, search_steps):
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens_ptr + middle, mask=mask, other=0) <= token
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        # Bounded, so that wrong values, which nobody can see without waiting for the GPU, read no foreign memory.
+        first = tl.maximum(tl.load(cu_seqlens_ptr + low, mask=mask, other=0), 0)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + low + 1, mask=mask, other=0), length)
+    return first, end
+
+
+@triton.jit
 def _is_valid(valid_ptr, token, mask, has_valid):
     if has_valid != 0:
         mask = mask & (tl.load(valid_ptr + token, mask=mask, other=0) != 0)
@@ -84,14 +103,14 @@ def _is_valid(valid_ptr, token, mask, has_valid):
 
 @triton.jit
 def _mean_direction(
-    z_ptr, valid_ptr, offsets_ptr, token, token_ok, u, length, r, num_offsets, has_valid, R: tl.constexpr
+    z_ptr, valid_ptr, offsets_ptr, token, token_ok, u, first, r, num_offsets, has_valid, R: tl.constexpr
 ):
     """Y [BLOCK_T, R] and N [BLOCK_T]."""
     mean = tl.zeros_like(u)
     count = tl.zeros_like(tl.sum(u, 1))
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token - offset, token_ok & (token % length >= offset), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, token_ok & (token - first >= offset), has_valid)
         v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, R))
         _, _, _, direction = _angle(u, v)
         mean += direction  # 0 where the pair is not one: v is 0 there
@@ -113,35 +132,42 @@ def _planes(ptr, token, token_ok, r, R: tl.constexpr):
 def plucker_mean_fwd(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     pbar_ptr: "*dtype:16",
     seen_ptr: "*dtype:16",
+    history: "i32",
     num_tokens: "i32",
     length: "i32",
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """pbar = u ^ Y, and whether there is anything to the mean."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < num_tokens
+    """pbar = u ^ Y, and whether there is anything to the mean, of all tokens but the first `history` of each row."""
+    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_ok = output < num_tokens
+    token = output + (output // (length - history) + 1) * history
     u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, length, r, num_offsets, has_valid, HEAD_DIM
+        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
     )
     pbar = u[:, :, None] * mean[:, None, :] - mean[:, :, None] * u[:, None, :]  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
-    to, mask = _planes(pbar_ptr, token, token_ok, r, HEAD_DIM)
+    to, mask = _planes(pbar_ptr, output, token_ok, r, HEAD_DIM)
     tl.store(to, pbar.to(pbar_ptr.dtype.element_ty), mask=mask)
-    tl.store(seen_ptr + token, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
+    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
 
 
 @triton.jit
 def plucker_mean_bwd_token(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     grad_pbar_ptr: "*dtype:16",
     own_ptr: "*fp32:16",
@@ -151,6 +177,8 @@ def plucker_mean_bwd_token(
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -159,8 +187,9 @@ def plucker_mean_bwd_token(
     token_ok = token < num_tokens
     u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, length, r, num_offsets, has_valid, HEAD_DIM
+        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
     )
     at, mask = _planes(grad_pbar_ptr, token, active & (count > 0), r, HEAD_DIM)
     upper = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
@@ -170,7 +199,7 @@ def plucker_mean_bwd_token(
     h = h / tl.maximum(count, 1.0)[:, None]
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token - offset, active & (token % length >= offset), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
         v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, HEAD_DIM))
         cosine, sine, spans, direction = _angle(u, v)
         beta = tl.sum(direction * h, 1)[:, None]
@@ -187,6 +216,7 @@ def plucker_mean_bwd_token(
 def plucker_mean_bwd_gather(
     z_ptr: "*dtype:16",
     valid_ptr: "*i8:16",
+    cu_seqlens_ptr: "*i32:16",
     offsets_ptr: "*i32:16",
     own_ptr: "*fp32:16",
     share_ptr: "*fp32:16",
@@ -196,6 +226,8 @@ def plucker_mean_bwd_gather(
     r: "i32",
     num_offsets: "i32",
     has_valid: "i32",
+    num_sequences: "i32",
+    search_steps: "i32",
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -204,10 +236,11 @@ def plucker_mean_bwd_gather(
     token_ok = token < num_tokens
     v, largest, norm = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    _first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     grad = _rows(own_ptr, token, r, token_ok, HEAD_DIM)
     for k in range(0, num_offsets):
         offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token + offset, active & (token % length < length - offset), has_valid)
+        pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
         u, _, _ = _normalize(_rows(z_ptr, token + offset, r, pairs, HEAD_DIM))
         _, sine, spans, direction = _angle(u, v)
         share = _rows(share_ptr, token + offset, r, pairs, HEAD_DIM)
@@ -220,7 +253,7 @@ def plucker_mean_bwd_gather(
     tl.store(grad_z_ptr + at, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & (d < r)[None, :])
 
 
-# Not measured: chosen by registers and spills (8 to 16 bytes are left at HEAD_DIM 128 on sm90a). What counts is the tile
+# Not measured: chosen by registers and spills (8 to 16 bytes are left at HEAD_DIM 128 on sm80). What counts is the tile
 # [BLOCK_T, HEAD_DIM, HEAD_DIM] of the first two.
 def _tile(kernel, arch: str, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_gather:

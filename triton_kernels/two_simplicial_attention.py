@@ -261,10 +261,13 @@ def two_simplicial_bwd_dq(
 def two_simplicial_bwd_merge(
     part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_short: "i32", scale: "fp32", chunk_rows: "i32", chunk_span: "i32",
+    w_short: "i32", scale: "fp32", chunk_rows: "i32", chunk_span: "i32", reach: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dk_short and dv_short: the chunks' partial rows, added in the order of the chunks."""
+    """dk_short and dv_short: the chunks' partial rows, added in the order of the chunks.
+
+    A chunk has a row for each position from its first - w_short + 1 to its last + reach.
+    """
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     num_rows = num_queries * group
@@ -275,7 +278,7 @@ def two_simplicial_bwd_merge(
     d_ok = (d < head_dim)[None, :]
     first_n = tl.program_id(0) % num_blocks * BLOCK_N
     # The queries that see a key of this block: positions first_n .. last key + w_short - 1.
-    first_chunk = tl.maximum(first_n - past, 0) * group // chunk_rows
+    first_chunk = tl.maximum(first_n - reach - past, 0) * group // chunk_rows
     last_pos = tl.minimum(first_n + BLOCK_N - 1, num_keys - 1) + w_short - 1
     end_row = tl.minimum(tl.minimum(last_pos, num_keys - 1) - past + 1, num_queries) * group
     grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
@@ -284,7 +287,7 @@ def two_simplicial_bwd_merge(
         chunk_first = chunk * chunk_rows // group + past
         chunk_last = (tl.minimum((chunk + 1) * chunk_rows, num_rows) - 1) // group + past
         part_row = n - (chunk_first - w_short + 1)
-        mask = ((part_row >= 0) & (n <= chunk_last) & (n < num_keys))[:, None] & d_ok
+        mask = ((part_row >= 0) & (n <= chunk_last + reach) & (n < num_keys))[:, None] & d_ok
         base = (batch_head * num_chunks + chunk) * chunk_span
         grad_k += tl.load(_row_ptrs(part_k_ptr, base + part_row, head_dim, d), mask=mask, other=0.0)
         grad_v += tl.load(_row_ptrs(part_v_ptr, base + part_row, head_dim, d), mask=mask, other=0.0)

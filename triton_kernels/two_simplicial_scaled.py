@@ -126,8 +126,8 @@ def _row_ptrs(ptr, row, stride, d):
 
 @gluon.jit
 def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn,
-                 num_keys, head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
-    """The helper: scaled tiles of K and V, in the order in which _sums takes them."""
+                 num_keys, head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
+    """The helper: scaled tiles of K and V, in the order in which the warpgroups take them."""
     dtype: gl.constexpr = k_long_ptr.dtype.element_ty
     PAIRS: gl.constexpr = HEAD_DIM // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [gl.num_warps(), 1], [1, 0])
@@ -173,8 +173,9 @@ def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, s
                     k_b, v_b = next_k, next_v
                     stage, phase = ring.advance(stage, phase)
         attempt += 1
-        if attempt == 1:
-            attempts += ring.is_out_of_range()
+        if MAY_REDO:
+            if attempt == 1:
+                attempts += ring.is_out_of_range()
 
 
 @gluon.jit
@@ -380,7 +381,7 @@ def two_simplicial_fwd_scaled(
             (_attend, (ring, keys, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
-                            stride_vsn, num_keys, head_dim, HEAD_DIM, BLOCK_N)),
+                            stride_vsn, num_keys, head_dim, HEAD_DIM, BLOCK_N, True)),
         ],
         [4, 4],
         [192, 120],  # registers; the first partition gets what is left of 504: as much as the second

@@ -2,6 +2,7 @@
 (TorchScript)."""
 
 from simplex_ops.nn.grassmann_mixing import GrassmannMixing
+from simplex_ops.nn.interpret import PairGeometry, interpret
 from simplex_ops.nn.positioned_attention import PositionedAttention
 from simplex_ops.nn.routed_layer import RoutedLayer
 from simplex_ops.nn.routing import (
@@ -24,6 +25,7 @@ __all__ = [
     "DynamicLayer",
     "GrassmannMixing",
     "MixtureOfDepthsLayer",
+    "PairGeometry",
     "PositionedAttention",
     "PriorFFN",
     "RoutedLayer",
@@ -33,6 +35,7 @@ __all__ = [
     "TransitionNetwork",
     "TwoSimplicialAttention",
     "anneal_gates",
+    "interpret",
     "route_map",
     "routing_loss",
     "routing_reports",

@@ -13,6 +13,8 @@ class GrassmannMixing(nn.Module):
         z = W_z x + b_z, \qquad g = \operatorname{grassmann\_mix}(z), \qquad
         \alpha = \sigma(W_h x + W_g g + b_a), \qquad y = \alpha \odot x + (1 - \alpha) \odot g
 
+    and with ``output_projection`` :math:`W_o y + b_o` instead of y.
+
     `simplex_ops.grassmann_mix` pairs each reduced token with those at fixed ``offsets`` before it and maps the mean
     Plücker vector of the pairs to the model dimension, in time linear in the length. It depends on the past through
     one direction per token only (docs/grassmann.md has the limits).
@@ -21,7 +23,10 @@ class GrassmannMixing(nn.Module):
         dim: size of the model dimension, the last one of the input and the output.
         rank: size r of the reduced tokens, 2 to 128.
         offsets: distances to the earlier tokens, each at least 1; equal ones count several times.
-        device, dtype: of the parameters, ``dim * (rank + rank * (rank - 1) / 2 + 2 * dim + 2) + rank`` values.
+        output_projection: one more Linear(dim, dim) at the end. The paper's equations have none, one of its parameter counts
+            has (see `simplex_ops.models.GrassmannLM`).
+        device, dtype: of the parameters, ``dim * (rank + rank * (rank - 1) / 2 + 2 * dim + 2) + rank`` values, and
+            ``dim * (dim + 1)`` of the output projection.
 
     Shapes: input and output ``[batch, length, dim]``; any batch, 0 included.
 
@@ -44,6 +49,7 @@ class GrassmannMixing(nn.Module):
         rank: int = 32,
         offsets: Sequence[int] = (1, 2, 4, 8, 12, 16),
         *,
+        output_projection: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,29 +66,40 @@ class GrassmannMixing(nn.Module):
         self.expand = nn.Linear(rank * (rank - 1) // 2, dim, device=device, dtype=dtype)
         self.gate_x = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.gate_g = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.out = nn.Linear(dim, dim, device=device, dtype=dtype) if output_projection else nn.Identity()
 
-    def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: list[Tensor] | None = None,
+        position: int = 0,
+        valid: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Mix within ``x`` [batch, length, dim] and, with a cache, with the ``position`` tokens that came before it.
 
-        ``position`` is the number of tokens that the cache has seen; the cache is updated in place.
+        ``position`` is the number of tokens that the cache has seen; the cache is updated in place, and no gradient goes
+        through what was mixed. Without a cache, ``valid`` [batch, length] leaves tokens out and ``cu_seqlens`` says which
+        sequences are packed into a batch of 1, as in `simplex_ops.grassmann_mix`.
         """
         z = self.reduce(x)
-        if cache is not None:
-            seen = min(position, self.window)
-            # The oldest first, so that the offsets hold; of what the op returns only the new tokens are of use.
-            rows = torch.cat((cache[0][:, self.window - seen :].to(z.dtype), z), dim=1)
-            kept = min(rows.size(1), self.window)
-            cache[0][:, self.window - kept :] = rows[:, rows.size(1) - kept :]
-            z = rows
-        # The dispatcher's op rather than the Python function: TorchScript compiles this line too.
-        g = torch.ops.simplex.grassmann_mix(z, self.expand.weight, self.expand.bias, self.offsets)
-        g = g[:, g.size(1) - x.size(1) :]
-        alpha = torch.sigmoid(self.gate_x(x) + self.gate_g(g))
-        return alpha * x + (1 - alpha) * g
+        weight, bias = self.expand.weight, self.expand.bias
+        # The dispatcher's ops rather than the Python functions: TorchScript compiles these lines too.
+        if cache is None:
+            g = torch.ops.simplex.grassmann_mix(z, weight, bias, self.offsets, valid, cu_seqlens)
+        else:
+            if valid is not None or cu_seqlens is not None:
+                raise ValueError("GrassmannMixing: expected valid and cu_seqlens to be None with a cache, got a tensor")
+            # Casts under autocast only, which leaves the step alone.
+            own = weight.to(z.dtype), bias.to(z.dtype)
+            g = torch.ops.simplex.grassmann_step(z, cache[0], own[0], own[1], self.offsets, position)
+        # The sum of both products without a pass of its own.
+        logits = torch.addmm(self.gate_g(g).flatten(0, 1), x.flatten(0, 1), self.gate_x.weight.t()).view_as(g)
+        return self.out(torch.ops.simplex.grassmann_blend(x, g, logits))
 
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int | None = None) -> list[Tensor]:
-        """An empty cache [batch, max(offsets), rank] of reduced tokens, for every call of ``forward`` that continues."""
+        """A ring [batch, max(offsets), rank] for the last reduced tokens (`simplex_ops.grassmann_step`); one for each text."""
         weight = self.reduce.weight
         return [torch.zeros([batch, self.window, weight.size(0)], dtype=weight.dtype, device=weight.device)]
 

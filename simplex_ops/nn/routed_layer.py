@@ -112,7 +112,8 @@ def tell(layer: Any, **report: Tensor) -> None:
 
 
 def slots_of(length: int, capacity: float) -> int:
-    return torch.sym_max(1, math.floor(capacity * length))
+    slots = math.floor(capacity * length)
+    return max(1, slots) if isinstance(slots, int) else torch.sym_max(1, slots)
 
 
 def positions_of(x: Tensor, positions: Tensor | None) -> Tensor:

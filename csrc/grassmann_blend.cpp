@@ -1,0 +1,145 @@
+// The gate of Grassmann mixing. simplex_ops/grassmann_blend.py has the equation.
+#include "elements.h"
+#include "kernel.h"
+#include "op.h"
+
+namespace simplex {
+namespace {
+
+// The fakes (simplex_ops/grassmann_blend.py) check the same in the same words.
+void check(const char* op, const Tensor& h, const Tensor& g, const Tensor& logits) {
+  expect_floating(op, "h", h);
+  for (const auto& [name, t] : {std::pair{"g", &g}, {"logits", &logits}}) {
+    expect_shape_of(op, name, *t, "h", h);
+    expect_like(op, name, *t, "h", h);
+  }
+}
+
+// ---- CPU
+
+// alpha = sigmoid(logits), widened. Torch's own sigmoid knows the widest vectors of the machine.
+Tensor gate(const Tensor& logits) {
+  Tensor alpha = torch::stable::new_empty(logits, logits.sizes(), wide_dtype(logits));
+  torch::stable::copy_(alpha, logits);
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(alpha)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sigmoid_", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// work(i) for every element, in parallel.
+template <class Work>
+void for_each_element(int64_t numel, Work work) {
+  torch::stable::parallel_for(0, numel, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i);
+  });
+}
+
+template <class In>
+void forward_cpu(const Tensor& h, const Tensor& g, const Tensor& logits, Tensor& out) {
+  using W = Wide<In>;
+  const Tensor gates = gate(logits);
+  const W* __restrict const alpha = elements<W>(gates);
+  const In* __restrict const from_h = elements<In>(h), * __restrict const from_g = elements<In>(g);
+  In* __restrict const to = mutable_elements<In>(out);
+  for_each_element(out.numel(),
+                   [=](int64_t i) { to[i] = In(alpha[i] * W(from_h[i]) + (1 - alpha[i]) * W(from_g[i])); });
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class In>
+void backward_cpu(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits, Gradients& grads) {
+  using W = Wide<In>;
+  const Tensor gates = gate(logits);
+  const W* __restrict const alpha = elements<W>(gates);
+  const In* __restrict const from_h = elements<In>(h), * __restrict const from_g = elements<In>(g);
+  const In* __restrict const grad = elements<In>(grad_out);
+  auto& [grad_h, grad_g, grad_logits] = grads;
+  In* __restrict const to_h = mutable_elements<In>(grad_h), * __restrict const to_g = mutable_elements<In>(grad_g);
+  In* __restrict const to_logits = mutable_elements<In>(grad_logits);
+  for_each_element(h.numel(), [=](int64_t i) {
+    const W of_h = alpha[i] * W(grad[i]), of_g = (1 - alpha[i]) * W(grad[i]);
+    to_h[i] = In(of_h);
+    to_g[i] = In(of_g);
+    to_logits[i] = In(of_h * (1 - alpha[i]) * (W(from_h[i]) - W(from_g[i])));
+  });
+}
+
+// ---- CUDA
+
+const KernelFamily kForward("grassmann_blend_fwd", {"dtype"});
+const KernelFamily kBackward("grassmann_blend_bwd", {"dtype"});
+
+void run_cuda(const KernelFamily& family, const Tensor& h, std::initializer_list<Arg> pointers) {
+  const int device = h.get_device_index();
+  const Kernel& kernel = family.find(device, {dtype_constant(h)});
+  std::vector<Arg> args = pointers;
+  args.push_back({"numel", h.numel()});
+  const auto blocks = static_cast<unsigned>((h.numel() + kernel["BLOCK"] - 1) / kernel["BLOCK"]);
+  launch(kernel, device, current_cuda_stream(device), {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
+}
+
+// ---- The op
+
+Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+
+Tensor grassmann_blend(const Tensor& h, const Tensor& g, const Tensor& logits) {
+  check("grassmann_blend", h, g, logits);
+  const Tensor h_ = packed(h), g_ = packed(g), logits_ = packed(logits);
+  Tensor out = like(h);
+  if (out.numel() == 0) return out;
+  if (h.is_cpu()) {
+    dispatch_floating(h, [&](auto element) { forward_cpu<decltype(element)>(h_, g_, logits_, out); });
+  } else {
+    run_cuda(kForward, h_,
+             {{"h_ptr", h_.const_data_ptr()},
+              {"g_ptr", g_.const_data_ptr()},
+              {"logits_ptr", logits_.const_data_ptr()},
+              {"out_ptr", out.const_data_ptr()}});
+  }
+  return out;
+}
+
+Gradients grassmann_blend_backward(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits) {
+  constexpr const char* op = "grassmann_blend_backward";
+  check(op, h, g, logits);
+  expect_shape_of(op, "grad_out", grad_out, "h", h);
+  expect_like(op, "grad_out", grad_out, "h", h);
+  const Tensor grad = packed(grad_out), h_ = packed(h), g_ = packed(g), logits_ = packed(logits);
+  Gradients grads{like(h), like(h), like(h)};
+  if (h.numel() == 0) return grads;
+  if (h.is_cpu()) {
+    dispatch_floating(h, [&](auto element) { backward_cpu<decltype(element)>(grad, h_, g_, logits_, grads); });
+  } else {
+    run_cuda(kBackward, h_,
+             {{"grad_out_ptr", grad.const_data_ptr()},
+              {"h_ptr", h_.const_data_ptr()},
+              {"g_ptr", g_.const_data_ptr()},
+              {"logits_ptr", logits_.const_data_ptr()},
+              {"grad_h_ptr", std::get<0>(grads).const_data_ptr()},
+              {"grad_g_ptr", std::get<1>(grads).const_data_ptr()},
+              {"grad_logits_ptr", std::get<2>(grads).const_data_ptr()}});
+  }
+  return grads;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
+  m.def("grassmann_blend(Tensor h, Tensor g, Tensor logits) -> (Tensor out)");
+  m.def(
+      "grassmann_blend_backward(Tensor grad_out, Tensor h, Tensor g, Tensor logits) -> (Tensor grad_h, Tensor grad_g, "
+      "Tensor grad_logits)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
+  m.impl("grassmann_blend", TORCH_BOX(&grassmann_blend));
+  m.impl("grassmann_blend_backward", TORCH_BOX(&grassmann_blend_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
+  m.impl("grassmann_blend", TORCH_BOX(&grassmann_blend));
+  m.impl("grassmann_blend_backward", TORCH_BOX(&grassmann_blend_backward));
+}
+
+}  // namespace simplex
