@@ -106,8 +106,9 @@ class RoutedLayer(KeepsDtype):
 
 
 def tell(layer: Any, **report: Tensor) -> None:
-    """Keeps statistics of this pass on the layer. torch.export would refuse the assignment."""
-    if not torch.compiler.is_exporting():
+    """Keeps statistics of this pass on the layer. torch.export would refuse the assignment, torch.compile makes it."""
+    compiling = torch.compiler.is_compiling()  # is_exporting() is true under torch.compile in torch 2.11
+    if not compiling or torch.compiler.is_dynamo_compiling():
         layer.report = report
 
 
