@@ -1,5 +1,7 @@
 """Subjective Timescale layers: teacher and student token by token, losses, and what each may see."""
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -264,6 +266,15 @@ def test_autocast(device):
     with torch.autocast(device, dtype=torch.bfloat16):
         assert layer(x).dtype == torch.float32
         assert layer.report["gate"].dtype == torch.float32
+
+
+def test_a_copy_takes_no_graph_along(device):
+    layer, x = make(device), torch.randn(2, 9, DIM, device=device)
+    layer(x)
+    copied = copy.deepcopy(layer)
+    assert copied.report == {}
+    assert layer.report["router_loss"].requires_grad
+    assert_same_bits(copied.eval()(x), layer.eval()(x))
 
 
 def test_refusals():

@@ -10,7 +10,25 @@ from simplex_ops.nn.keeps_dtype import KeepsDtype
 from simplex_ops.routing import route_gather, route_scatter_add, threshold_route, topk_route
 
 
-class RoutedLayer(KeepsDtype):
+class Reports(nn.Module):
+    """A layer that keeps statistics of its last forward pass in `report`, losses with their graph included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report: dict[str, Tensor] = {}
+
+    def tell(self, **report: Tensor) -> None:
+        """torch.export would refuse the assignment, torch.compile makes it."""
+        compiling = torch.compiler.is_compiling()  # is_exporting() is true under torch.compile in torch 2.11
+        if not compiling or torch.compiler.is_dynamo_compiling():
+            self.report = report
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without statistics: copies and files of a layer take no graph along."""
+        return {**self.__dict__, "report": {}}
+
+
+class RoutedLayer(Reports, KeepsDtype):
     """A block for some of the tokens, the identity for the others.
 
     In training mode ``k = max(1, floor(capacity * length))`` tokens of each sequence are routed, those with the highest
@@ -39,7 +57,6 @@ class RoutedLayer(KeepsDtype):
         self.block = block
         self.capacity = capacity
         self.trim = False
-        self.report: dict[str, Tensor] = {}
         self.register_buffer("threshold", torch.zeros((), device=device))
         self.register_buffer("calibrations", torch.zeros((), device=device))
 
@@ -101,15 +118,8 @@ class RoutedLayer(KeepsDtype):
             self.calibrate(weight.detach(), mask)
         else:
             idx, mask = self.by_threshold(weight, positions, cache)
-        tell(self, mask=mask, gate=weight, **report)
+        self.tell(mask=mask, gate=weight, **report)
         return self.run(x, idx, weight, positions, cache)
-
-
-def tell(layer: Any, **report: Tensor) -> None:
-    """Keeps statistics of this pass on the layer. torch.export would refuse the assignment, torch.compile makes it."""
-    compiling = torch.compiler.is_compiling()  # is_exporting() is true under torch.compile in torch 2.11
-    if not compiling or torch.compiler.is_dynamo_compiling():
-        layer.report = report
 
 
 def slots_of(length: int, capacity: float) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.causal_route_logits import causal_route_logits
-from simplex_ops.nn.routed_layer import RoutedLayer, positions_of, tell, wide
+from simplex_ops.nn.routed_layer import Reports, RoutedLayer, positions_of, wide
 from simplex_ops.surprise_gate import surprise_gate
 
 
@@ -107,7 +107,7 @@ class Decision(NamedTuple):
     cu: Tensor
 
 
-class DecisionLayer(nn.Module):
+class DecisionLayer(Reports):
     """A whole block, and how surprising its effect on each token was (arXiv 2511.21408).
 
     ``x_post = block(x, positions)``, ``x_prior = x + prior(x)``, and the gate is that of `surprise_gate`. Add about 0.05 times
@@ -126,7 +126,6 @@ class DecisionLayer(nn.Module):
         self.block = block
         self.prior = PriorFFN(dim, device=device)
         self.gate = SurpriseGate(window, device=device)
-        self.report: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Decision:
         positions = positions_of(x, positions)
@@ -136,7 +135,7 @@ class DecisionLayer(nn.Module):
         if cache is not None:
             g, cu = self.gate.resume(d_st, ce, positions, cache[-2], cache[-1])
         loss = F.mse_loss(forecast, (x_post - x).detach())
-        tell(self, prior_loss=loss, gate=g, d_st=d_st, ce=ce, cu=cu)
+        self.tell(prior_loss=loss, gate=g, d_st=d_st, ce=ce, cu=cu)
         return Decision(x_post, g, loss, d_st, ce, cu)
 
     def new_cache(self, batch: int, max_length: int) -> list[Tensor]:

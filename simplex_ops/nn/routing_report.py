@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from simplex_ops.nn.routed_layer import RoutedLayer
-from simplex_ops.nn.routing import DecisionLayer, SurpriseGate
+from simplex_ops.nn.routed_layer import Reports
+from simplex_ops.nn.routing import SurpriseGate
 
 
 def routing_reports(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -13,7 +13,7 @@ def routing_reports(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     ``mask`` [batch, length] says which tokens were routed; ``gate`` [batch, length] is the weight of their updates (with a
     student, its probability); ``d_st``, ``ce``, ``cu`` are those of `surprise_gate`; then the losses below, one number each.
     """
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, RoutedLayer | DecisionLayer))
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, Reports))
     return {name: layer.report for name, layer in layers if layer.report}
 
 

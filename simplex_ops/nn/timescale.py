@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.causal_route_logits import causal_route_logits
-from simplex_ops.nn.routed_layer import RoutedLayer, last_tokens, positions_of, tell, wide
+from simplex_ops.nn.routed_layer import RoutedLayer, last_tokens, positions_of, wide
 from simplex_ops.nn.routing import PriorFFN, SurpriseGate
 from simplex_ops.routing import route_gather, route_scatter_add
 
@@ -91,8 +91,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         logits = self.router(x.detach())
         # The student's own threshold: where it routes as many as the teacher does.
         self.calibrate(logits.detach(), self.top_k(logits)[1])
-        tell(
-            self,
+        self.tell(
             mask=mask,
             gate=g,
             d_st=d_st,
@@ -112,7 +111,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         prev = None if cache is None else cache[-1].to(x.dtype)
         logits = self.router(x, prev)
         idx, mask = self.by_threshold(logits, positions, None if cache is None else cache[:-1])
-        tell(self, mask=mask, gate=torch.sigmoid(logits))
+        self.tell(mask=mask, gate=torch.sigmoid(logits))
         if cache is None:
             return self.run(x, idx, None, positions)
         cache[-1].copy_(last_tokens(x, cache[-1], positions))
