@@ -337,11 +337,9 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
         nothing = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
         gl.store(_row_ptrs(part_k_ptr, local_n, head_dim, d), nothing, mask=out_mask)
         gl.store(_row_ptrs(part_v_ptr, local_n, head_dim, d), nothing, mask=out_mask)
-    k_row_ptrs = _pairs(k_short_ptr) + first_j.to(gl.int64) * (stride_ksn // 2) + pair
-    v_row_ptrs = _pairs(v_short_ptr) + first_j.to(gl.int64) * (stride_vsn // 2) + pair
-    k_row = gl.load(k_row_ptrs, mask=pair_ok & (first_j < end_j), other=0)
-    v_row = gl.load(v_row_ptrs, mask=pair_ok & (first_j < end_j), other=0)
     for j in range(first_j, end_j):
+        k_row = gl.load(_pairs(k_short_ptr) + j.to(gl.int64) * (stride_ksn // 2) + pair, mask=pair_ok, other=0)
+        v_row = gl.load(_pairs(v_short_ptr) + j.to(gl.int64) * (stride_vsn // 2) + pair, mask=pair_ok, other=0)
         k = _as_pairs(tiles).index(warpgroup).load(pairs)
         v = _as_pairs(tiles).index(2 + warpgroup).load(pairs)
         gl.barrier()  # all warps are done with the scaled tiles of the short key before
@@ -349,10 +347,6 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
         _as_pairs(scaled).index(2 + warpgroup).store(_multiply_pairs(v, gl.broadcast(v_row[None, :], v)[0], dtype))
         fence_async_shared()
         gl.barrier()
-        k_row_ptrs += stride_ksn // 2
-        v_row_ptrs += stride_vsn // 2
-        k_row = gl.load(k_row_ptrs, mask=pair_ok & (j + 1 < end_j), other=0)
-        v_row = gl.load(v_row_ptrs, mask=pair_ok & (j + 1 < end_j), other=0)
 
         grad_k = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
         grad_v = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)

@@ -1,0 +1,101 @@
+"""The Hopper kernels with scaled tiles: logits that leave the range of a fixed reference, and what chooses these kernels."""
+
+from functools import partial
+
+import pytest
+import reference
+import torch
+from problem import assert_close_to_truth, assert_same_bits, draw, evaluate
+from torch.profiler import ProfilerActivity, profile
+
+import simplex_ops
+
+op = partial(simplex_ops.two_simplicial_attention, return_lse=True)
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU"
+)
+pytestmark = [pytest.mark.gpu, hopper]
+
+
+def kernels_of(run):
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        run()
+        torch.cuda.synchronize()
+    return {event.key for event in record.key_averages()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "w", "forward", "backward"),
+    [
+        (torch.bfloat16, 64, (64, 16), True, True),
+        (torch.float16, 128, (16, 64), True, True),
+        (torch.bfloat16, 8, (64, 16), True, False),  # too few rows share a short key's part of the backward pass
+        (torch.float16, 8, (64, 16), False, False),  # fp16 takes both or none
+        (torch.bfloat16, 1, (64, 16), False, False),  # 64 tokens a tile see far more short keys than one does
+        (torch.float32, 64, (64, 16), False, False),
+    ],
+)
+def test_choice_of_the_kernels(dtype, ratio, w, forward, backward):
+    problem = draw(n_k=70, ratio=ratio, dim=64, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    evaluate(op, problem)  # loads the kernels
+    names = kernels_of(lambda: evaluate(op, problem))
+    assert ("two_simplicial_fwd_scaled" in names) == forward
+    assert ("two_simplicial_bwd_dkv_scaled" in names) == backward
+
+
+def rising(k):
+    return k * torch.linspace(0.01, 30, k.shape[1], device=k.device)[:, None, None]
+
+
+def falling(k):
+    return rising(k.flip(1)).flip(1)
+
+
+def huge(k):
+    return k * 30
+
+
+def late_key(k):
+    """One key past the first tiles beats all others by far, for the rows that are not orthogonal to it."""
+    k = k.clone()
+    k[:, 150] *= 200
+    return k
+
+
+def early_key(k):
+    """The same where the later rows no longer see it, although the first logits computed for their tile are with it."""
+    k = k.clone()
+    k[:, 60] *= 200
+    return k
+
+
+LOGITS = {f.__name__: f for f in (rising, falling, huge, late_key, early_key)}
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("scale", [None, -0.09, 0.0])
+@pytest.mark.parametrize(("ratio", "w", "dim"), [(64, (90, 13), 128), (8, (70, 40), 64), (128, (9, 130), 72)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_any_range(dtype, ratio, w, dim, scale, logits):
+    """Exponents are relative to a reference that is not the maximum: output and lse must not show it."""
+    problem = draw(batch=1, n_k=200, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda", scale=scale)
+    problem.inputs[1] = LOGITS[logits](problem.inputs[1].float()).to(dtype)
+    actual, truth = evaluate(op, problem), evaluate(reference.two_simplicial_attention, problem, torch.float64)
+    plain = evaluate(reference.two_simplicial_attention, problem)
+    for name in ("out", "lse"):
+        # lse is a logit: its rounding is that of the largest logits
+        atol = 2 * torch.finfo(dtype).eps * truth["lse"].abs().max().item() if name == "lse" else 0.0
+        assert_close_to_truth(actual[name], plain[name], truth[name], dtype, name, atol)
+    for name, x in evaluate(op, problem).items():
+        assert_same_bits(x, actual[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_logits_far_below_zero(dtype):
+    problem = draw(batch=1, n_k=150, ratio=64, dim=64, w1=70, w2=9, dtype=dtype, device="cuda")
+    q, k1, k2 = problem.inputs[:3]
+    problem.inputs[:3] = [q.abs() + 1, -8 * (k1.abs() + 1), k2.abs() + 1]
+    actual, truth = evaluate(op, problem), evaluate(reference.two_simplicial_attention, problem, torch.float64)
+    plain = evaluate(reference.two_simplicial_attention, problem)
+    assert truth["lse"].max() < -100
+    assert_close_to_truth(actual["out"], plain["out"], truth["out"], dtype, "out")
