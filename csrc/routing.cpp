@@ -1,12 +1,7 @@
-// Routing tokens to a layer (arXiv 2511.21408): which ones, and there and back. simplex_ops/routing.py has the
-// equations.
+// Routing tokens to a layer (arXiv 2511.21408): there and back. Which ones: topk_route.cpp. simplex_ops/routing.py has
+// the equations.
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <vector>
 
 #include "elements.h"
 #include "kernel.h"
@@ -17,125 +12,6 @@ namespace simplex {
 namespace {
 
 constexpr int64_t kMost = int64_t{1} << 31;
-
-// ---- topk_route and threshold_route
-
-// The fakes (simplex_ops/routing.py) check the same in the same words.
-void check_scores(const char* op, const Tensor& scores) {
-  SIMPLEX_EXPECT(scores.dim() == 2, op, "scores to be 2-dimensional [batch, length], got ", scores.dim(),
-                 " dimensions");
-  const ScalarType dtype = scores.scalar_type();
-  SIMPLEX_EXPECT(
-      dtype == ScalarType::Float || (dtype == ScalarType::Double && scores.is_cpu()), op,
-      scores.is_cpu() ? "scores to be float32 or float64 on cpu, got " : "scores to be float32 on cuda, got ",
-      dtype_string(scores));
-  SIMPLEX_EXPECT(scores.size(1) < kMost, op, "the length of scores to be below 2^31, got ", scores.size(1));
-}
-
-// A number that sorts as a score does, NaN with -inf and -0 with 0.
-template <class W>
-auto image(W score) {
-  using Bits = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
-  if (score == 0) score = 0;
-  if (std::isnan(score)) score = -std::numeric_limits<W>::infinity();
-  Bits bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits < 0 ? static_cast<Bits>(bits ^ std::numeric_limits<Bits>::max()) : bits;
-}
-
-template <class W>
-void topk_cpu(const Tensor& scores, int64_t k, Tensor& idx, Tensor& mask) {
-  const int64_t B = scores.size(0), T = scores.size(1);
-  const W* from = elements<W>(scores);
-  int32_t* const to_idx = mutable_elements<int32_t>(idx);
-  bool* const to_mask = mutable_elements<bool>(mask);
-  torch::stable::parallel_for(0, B, 1, [&](int64_t b, int64_t end) {
-    std::vector<decltype(image(W{}))> images(T), order(T);
-    for (; b < end; ++b) {
-      std::transform(from + b * T, from + (b + 1) * T, images.begin(), image<W>);
-      order = images;
-      std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
-      const auto least = order[k - 1];
-      int64_t ties = k - std::count_if(images.begin(), images.end(), [&](auto x) { return x > least; });
-      int32_t* next = to_idx + b * k;
-      for (int64_t t = 0; t < T; ++t) {
-        const bool chosen = images[t] > least || (images[t] == least && ties-- > 0);
-        to_mask[b * T + t] = chosen;
-        if (chosen) *next++ = static_cast<int32_t>(t);
-      }
-    }
-  });
-}
-
-template <class W>
-void threshold_cpu(const Tensor& scores, double threshold, Tensor& idx, Tensor& count) {
-  const int64_t T = scores.size(1), cap = idx.size(1);
-  const W* from = elements<W>(scores);
-  for (int64_t b = 0; b < scores.size(0); ++b) {
-    int32_t* const row = mutable_elements<int32_t>(idx) + b * cap;
-    int64_t found = 0;
-    for (int64_t t = 0; t < T && found < cap; ++t) {
-      if (from[b * T + t] >= static_cast<W>(threshold)) row[found++] = static_cast<int32_t>(t);
-    }
-    std::fill(row + found, row + cap, -1);
-    mutable_elements<int32_t>(count)[b] = static_cast<int32_t>(found);
-  }
-}
-
-const KernelFamily kTopK("route_topk", {});
-const KernelFamily kThreshold("route_threshold", {});
-
-std::tuple<Tensor, Tensor> topk_route(const Tensor& scores, int64_t k) {
-  constexpr const char* op = "topk_route";
-  check_scores(op, scores);
-  const int64_t B = scores.size(0), T = scores.size(1);
-  SIMPLEX_EXPECT(k >= 1 && k <= T, op, "k to be from 1 to the length of scores (", T, "), got ", k);
-  Tensor idx = empty_like_device(scores, {B, k}, ScalarType::Int);
-  Tensor mask = empty_like_device(scores, {B, T}, ScalarType::Bool);
-  if (B == 0) return {idx, mask};
-  const Tensor s = packed(scores);
-  if (scores.is_cpu()) {
-    s.scalar_type() == ScalarType::Double ? topk_cpu<double>(s, k, idx, mask) : topk_cpu<float>(s, k, idx, mask);
-  } else {
-    const int device = s.get_device_index();
-    launch(kTopK.find(device, {}), device, current_cuda_stream(device), {static_cast<unsigned>(B), 1, 1},
-           {{"scores_ptr", s.const_data_ptr()},
-            {"idx_ptr", idx.const_data_ptr()},
-            {"mask_ptr", mask.const_data_ptr()},
-            {"length", static_cast<int32_t>(T)},
-            {"k", static_cast<int32_t>(k)}});
-  }
-  return {idx, mask};
-}
-
-std::tuple<Tensor, Tensor> threshold_route(const Tensor& scores, double threshold, int64_t cap) {
-  constexpr const char* op = "threshold_route";
-  check_scores(op, scores);
-  SIMPLEX_EXPECT(!std::isnan(threshold), op, "threshold to be a number, got nan");
-  SIMPLEX_EXPECT(cap >= 1, op, "cap to be at least 1, got ", cap);
-  SIMPLEX_EXPECT(cap < kMost, op, "cap to be below 2^31, got ", cap);
-  const int64_t B = scores.size(0);
-  Tensor idx = empty_like_device(scores, {B, cap}, ScalarType::Int);
-  Tensor count = empty_like_device(scores, {B}, ScalarType::Int);
-  if (B == 0) return {idx, count};
-  const Tensor s = packed(scores);
-  if (scores.is_cpu()) {
-    s.scalar_type() == ScalarType::Double ? threshold_cpu<double>(s, threshold, idx, count)
-                                          : threshold_cpu<float>(s, threshold, idx, count);
-  } else {
-    const int device = s.get_device_index();
-    launch(kThreshold.find(device, {}), device, current_cuda_stream(device), {static_cast<unsigned>(B), 1, 1},
-           {{"scores_ptr", s.const_data_ptr()},
-            {"idx_ptr", idx.const_data_ptr()},
-            {"count_ptr", count.const_data_ptr()},
-            {"length", static_cast<int32_t>(scores.size(1))},
-            {"cap", static_cast<int32_t>(cap)},
-            {"threshold", static_cast<float>(threshold)}});
-  }
-  return {idx, count};
-}
-
-// ---- route_gather and route_scatter_add
 
 // rows [B, T, D] and what they are routed by.
 struct Route {
@@ -163,7 +39,9 @@ Route checked(const char* op, const char* name, const Tensor& rows, const Tensor
                      " (", r.T, "), got ", values[i]);
     }
   } else {
-    SIMPLEX_EXPECT(r.slots() < kMost, op, "batch * slots of idx to be below 2^31, got ", r.slots());
+    SIMPLEX_EXPECT(r.slots() < kMost / 2, op, "batch * slots of idx to be below 2^30, got ", r.slots());
+    SIMPLEX_EXPECT(r.B * r.T < kMost / 2, op, "batch * length of ", name, " to be below 2^30, got ",
+                   shape_string(rows));
     SIMPLEX_EXPECT(r.T < kMost && r.D < kMost / 2, op, "the length and last dim of ", name, " to be below 2^30, got ",
                    shape_string(rows));
   }
@@ -183,34 +61,65 @@ void for_slots(const Route& r, Work work, Empty empty) {
 struct Launch {
   int device;
   void* stream;
-  std::array<unsigned, 3> per_slot;
-  int32_t length, slots, dim;
+  int32_t length, slots, total, dim;
 
   explicit Launch(const Route& r)
       : device(r.idx.get_device_index()),
         stream(current_cuda_stream(device)),
-        per_slot{static_cast<unsigned>(r.slots()), 1, 1},
         length(static_cast<int32_t>(r.T)),
         slots(static_cast<int32_t>(r.k)),
+        total(static_cast<int32_t>(r.slots())),
         dim(static_cast<int32_t>(r.D)) {}
+
+  static std::array<unsigned, 3> programs(int64_t items, int64_t of_each) {
+    return {static_cast<unsigned>((items + of_each - 1) / of_each), 1, 1};
+  }
 };
 
 const KernelFamily kGather("route_gather_rows", {"dtype"});
-const KernelFamily kScatter("route_scatter_rows", {"dtype"});
+const KernelFamily kSlots("route_slots", {});
 const KernelFamily kScatterAdd("route_scatter_add_rows", {"dtype"});
 const KernelFamily kScatterAddBackward("route_scatter_add_bwd", {"dtype"});
 
 // Moves rows whatever is in them: one kernel for every dtype of that width.
-void move_cuda(const KernelFamily& family, const Route& r, const Tensor& from, Tensor& to) {
+void gather_cuda(const Route& r, const Tensor& from, const Tensor& to) {
   const Launch l(r);
   const DType width = from.scalar_type() == ScalarType::Float ? DType::fp32 : DType::fp16;
-  launch(family.find(l.device, {static_cast<int64_t>(width)}), l.device, l.stream, l.per_slot,
+  const Kernel& kernel = kGather.find(l.device, {static_cast<int64_t>(width)});
+  launch(kernel, l.device, l.stream, Launch::programs(l.total, kernel["ROWS"]),
          {{"from_ptr", from.const_data_ptr()},
           {"idx_ptr", r.idx.const_data_ptr()},
           {"to_ptr", to.const_data_ptr()},
           {"length", l.length},
           {"slots", l.slots},
+          {"total", l.total},
           {"dim", l.dim}});
+}
+
+// out = base, or 0 without one, with gate * y added at the routed rows.
+void scatter_cuda(const Route& r, const Tensor* base, const Tensor& y, const Tensor* gate, const Tensor& out) {
+  const Launch l(r);
+  const int64_t rows = r.B * r.T;
+  Tensor slot_of = empty_like_device(out, {rows}, ScalarType::Int);
+  torch::stable::fill_(slot_of, -1);
+  const Kernel& slots = kSlots.find(l.device, {});
+  launch(slots, l.device, l.stream, Launch::programs(l.total, slots["BLOCK"]),
+         {{"idx_ptr", r.idx.const_data_ptr()},
+          {"slot_of_ptr", slot_of.const_data_ptr()},
+          {"length", l.length},
+          {"slots", l.slots},
+          {"total", l.total}});
+  const Kernel& kernel = kScatterAdd.find(l.device, {dtype_constant(out)});
+  launch(kernel, l.device, l.stream, Launch::programs(rows, kernel["ROWS"]),
+         {{"base_ptr", base ? base->const_data_ptr() : nullptr},
+          {"y_ptr", y.const_data_ptr()},
+          {"slot_of_ptr", slot_of.const_data_ptr()},
+          {"gate_ptr", gate ? gate->const_data_ptr() : nullptr},
+          {"out_ptr", out.const_data_ptr()},
+          {"rows", static_cast<int32_t>(rows)},
+          {"dim", l.dim},
+          {"has_base", static_cast<int32_t>(base != nullptr)},
+          {"has_gate", static_cast<int32_t>(gate != nullptr)}});
 }
 
 Tensor route_gather(const Tensor& x, const Tensor& idx) {
@@ -219,7 +128,7 @@ Tensor route_gather(const Tensor& x, const Tensor& idx) {
   if (y.numel() == 0) return y;
   const Tensor from = packed(x);
   if (!x.is_cpu()) {
-    move_cuda(kGather, r, from, y);
+    gather_cuda(r, from, y);
     return y;
   }
   dispatch_floating(x, [&](auto element) {
@@ -239,13 +148,13 @@ Tensor route_gather_backward(const Tensor& grad_y, const Tensor& x, const Tensor
   expect_sizes(op, "grad_y", grad_y, {r.B, r.k, r.D}, "batch, slots of idx, last dim of x");
   expect_like(op, "grad_y", grad_y, "x", x);
   Tensor grad_x = empty_like_device(x, {r.B, r.T, r.D}, x.scalar_type());
-  torch::stable::zero_(grad_x);
-  if (grad_x.numel() == 0 || grad_y.numel() == 0) return grad_x;
   const Tensor from = packed(grad_y);
-  if (!x.is_cpu()) {
-    move_cuda(kScatter, r, from, grad_x);
+  if (!x.is_cpu() && grad_x.numel() > 0 && grad_y.numel() > 0) {
+    scatter_cuda(r, nullptr, from, nullptr, grad_x);
     return grad_x;
   }
+  torch::stable::zero_(grad_x);
+  if (grad_x.numel() == 0 || grad_y.numel() == 0) return grad_x;
   dispatch_floating(x, [&](auto element) {
     using In = decltype(element);
     const In* const rows = elements<In>(from);
@@ -271,22 +180,14 @@ Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx,
   const Route r = checked(op, "base", base, idx);
   check_update(op, r, "base", base, y, gate);
   Tensor out = empty_like_device(base, {r.B, r.T, r.D}, base.scalar_type());
-  torch::stable::copy_(out, base);
-  if (out.numel() == 0 || r.slots() == 0) return out;
   const Tensor update = packed(y), scale = gate ? packed(*gate) : Tensor();
-  if (!base.is_cpu()) {
-    const Launch l(r);
-    launch(kScatterAdd.find(l.device, {dtype_constant(base)}), l.device, l.stream, l.per_slot,
-           {{"out_ptr", out.const_data_ptr()},
-            {"y_ptr", update.const_data_ptr()},
-            {"idx_ptr", r.idx.const_data_ptr()},
-            {"gate_ptr", gate ? scale.const_data_ptr() : nullptr},
-            {"length", l.length},
-            {"slots", l.slots},
-            {"dim", l.dim},
-            {"has_gate", static_cast<int32_t>(gate.has_value())}});
+  if (!base.is_cpu() && out.numel() > 0 && r.slots() > 0) {
+    const Tensor from = packed(base);
+    scatter_cuda(r, &from, update, gate ? &scale : nullptr, out);
     return out;
   }
+  torch::stable::copy_(out, base);
+  if (out.numel() == 0 || r.slots() == 0) return out;
   dispatch_floating(base, [&](auto element) {
     using In = decltype(element);
     using W = Wide<In>;
@@ -321,7 +222,8 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
   const Tensor rows = packed(grad_out), update = packed(y), scale = gate ? packed(*gate) : Tensor();
   if (!grad_out.is_cpu()) {
     const Launch l(r);
-    launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream, l.per_slot,
+    launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream,
+           Launch::programs(l.total, 1),
            {{"grad_out_ptr", rows.const_data_ptr()},
             {"y_ptr", update.const_data_ptr()},
             {"idx_ptr", r.idx.const_data_ptr()},
@@ -364,8 +266,6 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
-  m.def("topk_route(Tensor scores, SymInt k) -> (Tensor idx, Tensor mask)");
-  m.def("threshold_route(Tensor scores, float threshold, SymInt cap) -> (Tensor idx, Tensor count)");
   m.def("route_gather(Tensor x, Tensor idx) -> (Tensor y)");
   m.def("route_gather_backward(Tensor grad_y, Tensor x, Tensor idx) -> (Tensor grad_x)");
   m.def("route_scatter_add(Tensor base, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor out)");
@@ -376,8 +276,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("topk_route", TORCH_BOX(&topk_route));
-  m.impl("threshold_route", TORCH_BOX(&threshold_route));
   m.impl("route_gather", TORCH_BOX(&route_gather));
   m.impl("route_gather_backward", TORCH_BOX(&route_gather_backward));
   m.impl("route_scatter_add", TORCH_BOX(&route_scatter_add));

@@ -5,6 +5,9 @@ standard library. Run `make demo`, or with simplex_ops and matplotlib installed:
 
     python examples/train_lm.py --seconds 60 --out demo_out
 
+`--model dense mod sdt stt` trains these models side by side instead: with some of the tokens routed past every other
+layer, next to a dense one of as many parameters (routed_lm.py, which writes a table and plots).
+
 The output folder gets both validation curves (curves.png, curves.json), a sample, and the trained model as an
 AOTInductor package, a TorchScript file and a state_dict, which `reload_lm.py` checks in a fresh process.
 """
@@ -28,6 +31,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from tqdm import tqdm
 
 from simplex_ops.models import DecoderConfig, DecoderLM, dot_product_twin, interleave, layer_names
+from simplex_ops.nn import anneal_gates, routing_loss, routing_statistics
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ SETUPS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mixers = [name for name in layer_names() if not name.startswith("sdpa")]
+    routed = ("mod", "sdt", "stt")
+    mixers = [name for name in layer_names() if not name.startswith("sdpa") and name not in routed]
+    parser.add_argument(
+        "--model", nargs="+", choices=("dense", *routed), help="compare these instead of a mixer and its twin"
+    )
     parser.add_argument("--mixer", choices=mixers, default="two_simplicial", help="mixer of every fourth layer")
     parser.add_argument("--seconds", type=float, default=60.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
@@ -110,7 +118,10 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, batches: list[Tensor]) -> float:
-    return sum(loss_of(model, tokens).item() for tokens in batches) / len(batches) / math.log(2)
+    model.eval()  # routed layers then decide as they decode, without a look ahead
+    loss = sum(loss_of(model, tokens).item() for tokens in batches) / len(batches) / math.log(2)
+    model.train()
+    return loss
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -125,8 +136,16 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * math.cos(math.pi / 2 * progress) ** 2)
 
 
-def train(models: dict[str, nn.Module], batches: Batches, valid: list[Tensor], args: argparse.Namespace) -> dict:
+def train(
+    models: dict[str, nn.Module],
+    batches: Batches,
+    valid: list[Tensor],
+    args: argparse.Namespace,
+    statistics: list[dict] | None = None,
+) -> dict:
     """Train the models side by side on the same batches; their validation curves, with the tokens seen.
+
+    Statistics of routed layers, by model and layer, are appended to ``statistics`` at each validation.
 
     Side by side rather than one after the other: however much time there is, they see the same number of tokens.
     """
@@ -143,6 +162,8 @@ def train(models: dict[str, nn.Module], batches: Batches, valid: list[Tensor], a
     while True:
         if progress >= next_validation:
             curves["tokens"].append(step * batches.batch * (len(batches.window) - 1))
+            if statistics is not None:
+                statistics.append({name: routing_statistics(model) for name, model in models.items()})
             for name, model in models.items():
                 curves[name].append(bits_per_byte(model, valid))
             next_validation = (int(10 * progress) + 1) / 10
@@ -151,7 +172,8 @@ def train(models: dict[str, nn.Module], batches: Batches, valid: list[Tensor], a
         learning_rate = args.lr * schedule(progress)
         tokens = batches.next()
         for name, model in models.items():
-            loss = loss_of(model, tokens)
+            anneal_gates(model, progress)
+            loss = loss_of(model, tokens) + routing_loss(model)
             optimizers[name].zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,6 +228,11 @@ def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     setup = SETUPS["cuda" if args.device.startswith("cuda") else "cpu"]
+    if args.model:
+        from routed_lm import compare
+
+        compare(setup, args)
+        return
     config = replace(setup.config, layers=interleave(len(setup.config.layers), args.mixer))
     models = {}
     for name, its_config in ((args.mixer, config), ("sdpa", dot_product_twin(config))):

@@ -1,6 +1,8 @@
 """Routing tokens to a layer (arXiv 2511.21408): choose some, gather them, add the layer's output back where they were."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ._checks import (
     expect_sizes,
     wide_dtype,
 )
+from ._library import register_flops
 
 
 def topk_route(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +137,8 @@ def _threshold_fake(scores: Tensor, threshold: float, cap: int) -> tuple[Tensor,
     _check_scores(op, scores)
     expect(op, not math.isnan(threshold), "threshold to be a number, got nan")
     expect(op, cap >= 1, f"cap to be at least 1, got {cap}")
-    expect(op, cap < 2**31, f"cap to be below 2^31, got {cap}")
+    # A symbolic cap waits for the kernel: torch.export would want the bound stated for the length it comes from.
+    expect(op, not isinstance(cap, int) or cap < 2**31, f"cap to be below 2^31, got {cap}")
     batch = scores.shape[0]
     return scores.new_empty((batch, cap), dtype=torch.int32), scores.new_empty((batch,), dtype=torch.int32)
 
@@ -201,3 +205,28 @@ def _check_update(op: str, name: str, rows: Tensor, y: Tensor, idx: Tensor, gate
         expect_sizes(op, "gate", gate, tuple(idx.shape), "that of idx")
         expect_dtype(op, "gate", gate, wide_dtype(rows))
         expect_device(op, "gate", gate, name, rows)
+
+
+# FLOPs are arithmetic on the data: choosing and moving count nothing, adding a gated row two for each element.
+
+
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _update_flops(
+    rows: Sequence[int], y: Sequence[int], idx: Sequence[int], gate: Sequence[int] | None = None, **kwargs: Any
+) -> int:
+    return (1 if gate is None else 2) * math.prod(y)
+
+
+def _update_backward_flops(
+    rows: Sequence[int], y: Sequence[int], idx: Sequence[int], gate: Sequence[int] | None = None, **kwargs: Any
+) -> int:
+    return (0 if gate is None else 3) * math.prod(y)  # gate * grad, and a product with y
+
+
+for _op in ("topk_route", "threshold_route", "route_gather", "route_gather_backward"):
+    register_flops(getattr(torch.ops.simplex, _op), _no_flops)
+register_flops(torch.ops.simplex.route_scatter_add, _update_flops)
+register_flops(torch.ops.simplex.route_scatter_add_backward, _update_backward_flops)

@@ -1,9 +1,14 @@
 """The surprise gate of Subjective Depth Transformers (arXiv 2511.21408): how unexpected is what a block did to a token."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._checks import expect, expect_device, expect_dtype, expect_floating, expect_like, expect_sizes, wide_dtype
+from ._library import register_flops
 
 
 def surprise_gate(
@@ -115,3 +120,17 @@ def _check(op: str, rows: tuple[Tensor, ...], parameters: tuple[Tensor, ...], wi
         expect_device(op, name, x, "x_in", x_in)
     expect(op, window >= 1, f"window to be at least 1, got {window}")
     expect(op, window < 2**31, f"window to be below 2^31, got {window}")
+
+
+def _forward_flops(x_in: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 8 * math.prod(
+        x_in
+    )  # two differences and two sums of products for each element; the gate itself is per token
+
+
+def _backward_flops(grad_g: Sequence[int], x_in: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 9 * math.prod(x_in)
+
+
+register_flops(torch.ops.simplex.surprise_gate, _forward_flops)
+register_flops(torch.ops.simplex.surprise_gate_backward, _backward_flops)

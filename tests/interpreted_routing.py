@@ -6,7 +6,7 @@ Imported by the process of interpreter.py only.
 import reference
 import torch
 
-from triton_kernels import routing, surprise_gate
+from triton_kernels import causal_route_logits, route_kv_append, routing, surprise_gate
 
 NAN = float("nan")
 
@@ -72,35 +72,87 @@ def check_moves(dtype, gated):
     idx = torch.stack([torch.randperm(length)[:slots].sort().values for _ in range(batch)]).to(torch.int32)
     idx[0, 5], idx[1, 5] = -1, length  # the second is an error that must not touch memory
     legal = torch.where(idx < length, idx, -1)
-    sizes = {"idx_ptr": idx, "length": length, "slots": slots, "dim": dim, "BLOCK_D": 16}
-    grid = (batch * slots,)
+    total, tile = batch * slots, {"dim": dim, "BLOCK_D": 16}
 
     gathered = torch.full((batch, slots, dim), NAN, dtype=dtype)
-    routing.route_gather_rows[grid](from_ptr=x, to_ptr=gathered, **sizes)
+    routing.route_gather_rows[(3,)](
+        from_ptr=x, idx_ptr=idx, to_ptr=gathered, length=length, slots=slots, total=total, ROWS=8, **tile
+    )
     assert torch.equal(gathered, reference.route_gather(x, legal))
-    scattered = torch.zeros_like(x)
-    routing.route_scatter_rows[grid](from_ptr=y, to_ptr=scattered, **sizes)
+
+    slot_of = torch.full((batch * length,), -1, dtype=torch.int32)
+    routing.route_slots[(4,)](idx_ptr=idx, slot_of_ptr=slot_of, length=length, slots=slots, total=total, BLOCK=4)
+    pointers = {"y_ptr": y, "gate_ptr": gate, "slot_of_ptr": slot_of, "rows": batch * length, "ROWS": 4, **tile}
+    scattered = torch.full_like(x, NAN)
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=scattered, has_base=0, has_gate=0, **pointers)
     assert torch.equal(scattered, reference.route_scatter_add(torch.zeros_like(x), y, legal))
 
     leaves = [t.double().requires_grad_() for t in (x, y, gate)]
     truth = reference.route_scatter_add(*leaves[:2], legal, leaves[2] if gated else None)
     grad = torch.randn(truth.shape).to(dtype)
     truth_grads = torch.autograd.grad(truth, leaves[1 : 3 if gated else 2], grad.double())
-    out, grad_y, grad_gate = x.clone(), torch.full_like(y, NAN), torch.full_like(gate, NAN)
-    routing.route_scatter_add_rows[grid](out_ptr=out, y_ptr=y, gate_ptr=gate, has_gate=int(gated), **sizes)
-    routing.route_scatter_add_bwd[grid](
-        grad_out_ptr=grad,
-        y_ptr=y,
-        gate_ptr=gate,
-        grad_y_ptr=grad_y,
-        grad_gate_ptr=grad_gate,
-        has_gate=int(gated),
-        **sizes,
-    )
+    out, grad_y, grad_gate = torch.full_like(x, NAN), torch.full_like(y, NAN), torch.full_like(gate, NAN)
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=out, has_base=1, has_gate=int(gated), **pointers)
+    routing.route_scatter_add_bwd[(total,)](
+        grad_out_ptr=grad, y_ptr=y, idx_ptr=idx, gate_ptr=gate, grad_y_ptr=grad_y, grad_gate_ptr=grad_gate,
+        length=length, slots=slots, has_gate=int(gated), **tile,
+    )  # fmt: skip
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
     for actual, expected in zip((out, grad_y, grad_gate), (truth.detach(), *truth_grads), strict=False):
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
     assert gated or grad_gate.isnan().all()
+
+
+def check_logits(dtype, with_prev):
+    batch, length, dim = 2, 11, 24
+    x, prev = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, dim).to(dtype)
+    weight, grad = torch.randn(2 * dim), torch.randn(batch, length)
+    leaves = [t.double().requires_grad_() for t in ((x, weight, prev) if with_prev else (x, weight))]
+    truth = reference.causal_route_logits(*leaves)
+    truth = [truth, *torch.autograd.grad(truth, leaves, grad.double())]
+
+    shared = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "prev_ptr": prev,
+        "length": length,
+        "dim": dim,
+        "has_prev": int(with_prev),
+    }
+    logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, 2 * dim), NAN)
+    causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
+    grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
+    causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
+        **shared,
+        grad_logits_ptr=grad,
+        grad_x_ptr=grad_x,
+        grad_prev_ptr=grad_prev,
+        parts_ptr=parts,
+        BLOCK_T=4,
+        BLOCK_D=16,
+    )
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    for actual, expected in zip((logits, grad_x, parts.sum(0), grad_prev), truth, strict=False):
+        torch.testing.assert_close(actual.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    assert with_prev or grad_prev.isnan().all()
+
+
+def check_append(dtype, rotates):
+    batch, capacity, slots, heads, head_dim = 3, 6, 5, 2, 12
+    keys, values = (torch.randn(batch, capacity, heads, head_dim).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, slots, heads, head_dim).to(dtype) for _ in range(2))
+    count, frequencies = torch.tensor([0, 3, 6], dtype=torch.int32), torch.rand(head_dim // 2)
+    positions = torch.tensor([[1, 4, 9, -1, -1], [0, 1, 2, 3, 4], [7, -1, -1, -1, -1]], dtype=torch.int32)
+    expected = reference.route_kv_append(keys, values, count, k, v, positions, frequencies if rotates else None)
+    sizes = {"positions_ptr": positions, "count_ptr": count, "slots": slots, "capacity": capacity}
+    route_kv_append.route_kv_append_rows[(batch * slots,)](
+        **sizes, k_ptr=k, v_ptr=v, frequencies_ptr=frequencies, keys_ptr=keys, values_ptr=values, row=heads * head_dim,
+        half=head_dim // 2, rotates=int(rotates), BLOCK=16,
+    )  # fmt: skip
+    route_kv_append.route_kv_append_count[(batch,)](**sizes, BLOCK=2)
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-6
+    torch.testing.assert_close((keys, values), expected[:2], rtol=tolerance, atol=tolerance)
+    assert torch.equal(count, expected[2])
 
 
 CASES = {
@@ -110,6 +162,9 @@ CASES = {
     "gate, fp16": lambda: check_gate(2, 9, 40, 9, torch.float16),
     "choice": lambda: [check_choice(torch.randn(2, 37), k, 10, 0.3) for k in (1, 18, 37)],
     "choice, ties": lambda: [check_choice(torch.randn(2, 37).round(), k, 40, 0.0) for k in (1, 18, 37)],
+    "choice, in one block": lambda: [
+        check_choice(torch.randn(2, n) * 10.0**e, k, 5, 0.3) for n in (1, 9, 16) for e in (-30, 0, 30) for k in (1, n)
+    ],
     "choice, constant": lambda: [check_choice(torch.full((1, 33), 0.757), k, 5, 0.757) for k in (1, 16, 33)],
     "choice, special": lambda: [
         check_choice(torch.tensor([[-0.0, NAN, 0.0, 1e-45, -torch.inf, torch.inf, -1e-45, NAN, 3e38]] * 2), k, 4, 0.0)
@@ -118,6 +173,8 @@ CASES = {
     "choice, nothing valid": lambda: [
         check_choice(torch.full((1, 5), x), 3, 2, 0.0) for x in (NAN, -torch.inf, torch.inf)
     ],
+    "logits": lambda: [check_logits(d, prev) for d in (torch.float32, torch.float16) for prev in (False, True)],
+    "append": lambda: [check_append(d, rotates) for d in (torch.float32, torch.float16) for rotates in (False, True)],
     "moves": lambda: [check_moves(torch.float32, gated) for gated in (False, True)],
     "moves, fp16": lambda: [check_moves(torch.float16, gated) for gated in (False, True)],
 }

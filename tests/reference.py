@@ -193,3 +193,31 @@ def _earlier(x, offset):
     """Row t - offset of x [B, L, ...] at t, zeros before the first."""
     offset = min(offset, x.shape[1])
     return torch.cat([torch.zeros_like(x[:, :offset]), x[:, : x.shape[1] - offset]], 1)
+
+
+def causal_route_logits(x, weight, prev=None):
+    """logits_t = <weight[:dim], x_t> + <weight[dim:], x_{t-1}>, x_{-1} = prev or 0, widened."""
+    dim = x.shape[2]
+    now = x.to(wide(x.dtype))
+    first = torch.zeros_like(now[:, :1]) if prev is None else prev.to(now.dtype)[:, None]
+    before = torch.cat((first, now), 1)[:, : x.shape[1]]
+    return now @ weight[:dim] + before @ weight[dim:]
+
+
+def rotate(x, positions, frequencies):
+    """Each pair (x_d, x_{d + D/2}) of x [B, n, H, D] turned by positions [B, n] * frequencies [D/2]."""
+    angles = (positions[..., None].to(frequencies.dtype) * frequencies)[:, :, None]
+    a, b = x.to(wide(x.dtype)).chunk(2, -1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), -1).to(x.dtype)
+
+
+def route_kv_append(keys, values, count, k, v, positions, frequencies=None):
+    """New keys, values and count: slot by slot, where the position is not negative and the cache not full."""
+    keys, values, count = keys.clone(), values.clone(), count.clone()
+    turned = k if frequencies is None else rotate(k, positions, frequencies)
+    for b in range(len(k)):
+        for s in range(k.shape[1]):
+            if positions[b, s] >= 0 and count[b] < keys.shape[1]:
+                keys[b, count[b]], values[b, count[b]] = turned[b, s], v[b, s]
+                count[b] += 1
+    return keys, values, count

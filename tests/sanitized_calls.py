@@ -71,6 +71,16 @@ def routing(dtype, dims):
         y = simplex_ops.route_gather(rows[0], idx)
         weights = torch.rand(idx.shape, device="cuda", requires_grad=True)
         differentiate([simplex_ops.route_scatter_add(rows[1], y, idx, weights)], [rows[0], rows[1], weights])
+        logits_of = (rows[2], torch.randn(2 * dim, device="cuda", requires_grad=True), rows[0][:, 0])
+        differentiate(
+            [simplex_ops.causal_route_logits(*logits_of[:2], before) for before in (None, logits_of[2])], logits_of[:2]
+        )
+        keys, values = (torch.zeros(2, length + 3, 1, dim, device="cuda", dtype=dtype) for _ in range(2))
+        count, positions = torch.full((2,), 2, device="cuda", dtype=torch.int32), idx.clone()
+        positions[1, positions.shape[1] // 2 :] = -1
+        for frequencies in (None, torch.rand(dim // 2, device="cuda")):
+            with torch.no_grad():
+                simplex_ops.route_kv_append_(keys, values, count, *[y.unsqueeze(2)] * 2, positions, frequencies)
         yield dim, length
 
 

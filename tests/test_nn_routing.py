@@ -199,11 +199,13 @@ class Model(nn.Module):
 
 
 def test_compile(device):
-    model = Model(device, Pointwise)  # it is the layers that are compiled, and their passing on of rows and positions
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    for size in ((2, 9), (3, 16)):
-        x = torch.randn(*size, DIM, device=device)
-        torch.testing.assert_close(compiled(x), model(x))
+    """In one graph, which is the question here: the ops' own tests go through Inductor, those of STT through autograd."""
+    model = Model(device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((2, 9), (3, 16)):
+            x = torch.randn(*size, DIM, device=device)
+            torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_export(device):

@@ -172,6 +172,15 @@ def test_layouts(device):
         check_scatter(base, y, idx.t().contiguous().t(), odd_offset(gate))
 
 
+def test_other_rows_keep_their_bits(device):
+    for dtype in DTYPES[device]:
+        base, y, idx, gate = draw(2, 9, 4, 16, dtype, device, empty=1)
+        base[:] = SPECIAL.to(dtype).repeat(12)[:144].view(9, 16)
+        out = route_scatter_add(base, y, idx, gate)
+        mask = torch.zeros(2, 9, dtype=torch.bool, device=device).scatter(1, idx[:, :3].long(), True)
+        assert_same_bits(out[~mask], base[~mask])
+
+
 def test_nothing_to_move(device):
     for shape in ((0, 5, 2, 8), (2, 5, 0, 8), (2, 0, 0, 8), (2, 5, 2, 0)):
         base, y, idx, gate = draw(*shape, torch.float32, device)
@@ -252,7 +261,8 @@ def test_cuda_graph():
 
     def step():
         out = routed(x, scores, 20)
-        return out, simplex_ops.surprise_gate(x, out, x, *numbers)[0], threshold_route(scores, 0.5, 30)[0]
+        gate = simplex_ops.surprise_gate(x, out, x, *numbers)[0]
+        return out, gate, threshold_route(scores, 0.5, 30)[0], simplex_ops.causal_route_logits(x, scores[0, :32])
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

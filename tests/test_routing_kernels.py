@@ -9,9 +9,12 @@ CASES = [
     "gate, fp16",
     "choice",
     "choice, ties",
+    "choice, in one block",
     "choice, constant",
     "choice, special",
     "choice, nothing valid",
+    "logits",
+    "append",
     "moves",
     "moves, fp16",
 ]

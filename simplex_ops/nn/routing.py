@@ -3,6 +3,11 @@
 Each wraps a block of the user's: a module that maps ``(x, positions)``, x [batch, length, dim] and positions
 [batch, length] of int64, to the new residual stream. Inside a routed layer the block sees the routed tokens only, in the
 order of time and with the positions that they had, so ordinary causal attention with rotary positions is what it takes.
+
+To decode, the block also takes ``(x, positions, cache)`` and makes its cache by ``new_cache(batch, slots)``: a list of
+tensors whose first is [batch, slots, ...] and whose last counts the filled rows of each text, int32 [batch], as
+`PositionedAttention` has it. In every call with a cache, and in eval mode, positions may be -1 for what is no token, after
+the last token of its text: texts of different lengths then share a batch.
 """
 
 import math
@@ -12,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplex_ops.routing import route_gather, route_scatter_add, topk_route
+from simplex_ops.causal_route_logits import causal_route_logits
+from simplex_ops.nn.routed_layer import Reports, RoutedLayer, positions_of, wide
 from simplex_ops.surprise_gate import surprise_gate
 
 
@@ -43,25 +49,51 @@ class PriorFFN(nn.Module):
 class SurpriseGate(nn.Module):
     """`surprise_gate` with learned parameters, each kept positive as the softplus of what is trained.
 
-    They start at the paper's values: o_ce 1.025, m_cu 1.1, beta_ce softplus(-0.3), beta_cu softplus(-0.6).
+    They start at the paper's values: o_ce 1.025, m_cu 1.1, beta_ce softplus(-0.3), beta_cu softplus(-0.6). With
+    ``scheduled`` the two betas are not learned: `anneal_gates` raises both from 0.1 to 100, as the paper does for STT.
     """
 
-    def __init__(self, window: int = 100, *, device: torch.device | str | None = None) -> None:
+    beta: Tensor
+
+    def __init__(self, window: int = 100, *, scheduled: bool = False, device: torch.device | str | None = None) -> None:
         super().__init__()
         if window < 1:
             raise ValueError(f"SurpriseGate: expected window to be at least 1, got {window}")
         self.window = window
-        start = (-0.3, -0.6, math.log(math.expm1(1.025)), math.log(math.expm1(1.1)))
-        self.beta_ce, self.beta_cu, self.o_ce, self.m_cu = (
-            nn.Parameter(torch.tensor(value, dtype=torch.float32, device=device)) for value in start
-        )
+        self.scheduled = scheduled
+        start = {"o_ce": math.log(math.expm1(1.025)), "m_cu": math.log(math.expm1(1.1))}
+        if scheduled:
+            self.register_buffer("beta", torch.tensor(0.1, device=device))
+        else:
+            start = {"beta_ce": -0.3, "beta_cu": -0.6, **start}
+        for name, value in start.items():
+            setattr(self, name, nn.Parameter(torch.tensor(value, dtype=torch.float32, device=device)))
+
+    def values(self, dtype: torch.dtype) -> list[Tensor]:
+        """beta_ce, beta_cu, o_ce and m_cu as the gate of data of this dtype takes them."""
+        # Cast first: a model that is moved to bfloat16 takes its parameters along.
+        learned = [F.softplus(parameter.to(wide(dtype))) for parameter in self.parameters()]
+        return [self.beta.to(wide(dtype))] * 2 + learned if self.scheduled else learned
 
     def forward(self, x_in: Tensor, x_post: Tensor, x_prior: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(g, d_st, ce, cu), each [batch, length]."""
-        raw = (self.beta_ce, self.beta_cu, self.o_ce, self.m_cu)
-        # Cast first: a model that is moved to bfloat16 takes its parameters along.
-        values = [F.softplus(parameter.to(_wide(x_in.dtype))) for parameter in raw]
-        return surprise_gate(x_in, x_post, x_prior, values[0], values[1], values[2], values[3], self.window)
+        beta_ce, beta_cu, o_ce, m_cu = self.values(x_in.dtype)
+        return surprise_gate(x_in, x_post, x_prior, beta_ce, beta_cu, o_ce, m_cu, self.window)
+
+    def resume(self, d_st: Tensor, ce: Tensor, positions: Tensor, past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, cu) of tokens that continue a text, from their d_st and ce and the text's last `window` values of d_st.
+
+        past [batch, window] and seen [batch], how many tokens the text had, are updated in place.
+        """
+        beta_ce, beta_cu, _, m_cu = self.values(d_st.dtype)
+        earlier = torch.where(seen[:, None] > 0, past, d_st[:, :1])  # the first one stands in for those before it
+        rows = torch.cat((earlier, d_st), 1)
+        cu = d_st - m_cu * rows.unfold(1, self.window, 1)[:, 1:].mean(-1)
+        g = 1 - torch.sigmoid(-beta_ce * ce) * torch.sigmoid(-beta_cu * cu)
+        tokens = (positions >= 0).sum(1, dtype=seen.dtype)
+        past.copy_(rows.gather(1, tokens[:, None] + torch.arange(self.window, device=rows.device)))
+        seen += tokens
+        return g, cu
 
 
 class Decision(NamedTuple):
@@ -75,7 +107,7 @@ class Decision(NamedTuple):
     cu: Tensor
 
 
-class DecisionLayer(nn.Module):
+class DecisionLayer(Reports):
     """A whole block, and how surprising its effect on each token was (arXiv 2511.21408).
 
     ``x_post = block(x, positions)``, ``x_prior = x + prior(x)``, and the gate is that of `surprise_gate`. Add about 0.05 times
@@ -95,76 +127,86 @@ class DecisionLayer(nn.Module):
         self.prior = PriorFFN(dim, device=device)
         self.gate = SurpriseGate(window, device=device)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Decision:
-        x_post = self.block(x, _positions(x, positions))
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Decision:
+        positions = positions_of(x, positions)
+        x_post = self.block(x, positions) if cache is None else self.block(x, positions, cache[:-2])
         forecast = self.prior(x).to(x_post.dtype)
         g, d_st, ce, cu = self.gate(x, x_post, x + forecast)
+        if cache is not None:
+            g, cu = self.gate.resume(d_st, ce, positions, cache[-2], cache[-1])
         loss = F.mse_loss(forecast, (x_post - x).detach())
+        self.tell(prior_loss=loss, gate=g, d_st=d_st, ce=ce, cu=cu)
         return Decision(x_post, g, loss, d_st, ce, cu)
 
+    def new_cache(self, batch: int, max_length: int) -> list[Tensor]:
+        """The block's cache for all tokens, and what the gate's moving average needs."""
+        weight = self.prior.wo.weight
+        past = torch.zeros(batch, self.gate.window, dtype=wide(weight.dtype), device=weight.device)
+        seen = torch.zeros(batch, dtype=torch.int32, device=weight.device)
+        return [*self.block.new_cache(batch, max_length), past, seen]  # type: ignore[operator]
 
-class DynamicLayer(nn.Module):
+
+class DynamicLayer(RoutedLayer):
     """A block for the tokens with the highest gates, the identity for all others (arXiv 2511.21408).
 
-    ``k = max(1, floor(capacity * length))`` tokens of each sequence are routed, and ``x + gate * (block(x) - x)`` replaces them.
-    A token's output depends on its routed past only; which tokens are routed depends on the gates of the whole sequence.
+    ``x + gate * (block(x) - x)`` replaces the routed tokens; `RoutedLayer` says which ones these are. A token's output
+    depends on its routed past only; which tokens top-k routes depends on the gates of the whole sequence.
 
     Args:
         block: maps (x, positions) of the routed tokens to their new residual stream.
         capacity: the share of the tokens that is routed, in (0, 1].
     """
 
-    def __init__(self, block: nn.Module, capacity: float = 0.5) -> None:
-        super().__init__()
-        _check_capacity("DynamicLayer", capacity)
-        self.block = block
-        self.capacity = capacity
+    def __init__(self, block: nn.Module, capacity: float = 0.5, *, device: torch.device | str | None = None) -> None:
+        super().__init__(block, capacity, device)
 
-    def forward(self, x: Tensor, gate: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None
+    ) -> Tensor:
         """x [batch, length, dim] and its gates [batch, length], as a `DecisionLayer` returns them."""
-        return _route(self.block, x, gate, self.capacity, _positions(x, positions))
+        off = (gate.mean() - self.capacity).square()
+        return self.route(x, gate, positions_of(x, positions), cache, capacity_loss=off)
 
 
-class MixtureOfDepthsLayer(nn.Module):
+class SubjectiveDepthLayer(nn.Module):
+    """A `DecisionLayer` and the `DynamicLayer` that follows its gates, as one layer: two blocks, the second routed."""
+
+    def __init__(
+        self,
+        decision_block: nn.Module,
+        dynamic_block: nn.Module,
+        dim: int,
+        capacity: float = 0.5,
+        *,
+        window: int = 100,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.decision = DecisionLayer(decision_block, dim, window=window, device=device)
+        self.dynamic = DynamicLayer(dynamic_block, capacity, device=device)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[list[Tensor]] | None = None) -> Tensor:
+        of_decision, of_dynamic = (None, None) if cache is None else cache
+        made = self.decision(x, positions, of_decision)
+        return self.dynamic(made.x, made.gate, positions, of_dynamic)
+
+    def new_cache(self, batch: int, max_length: int, slots: int | None = None) -> list[list[Tensor]]:
+        """The caches of both layers; `slots` is that of the routed one."""
+        return [self.decision.new_cache(batch, max_length), self.dynamic.new_cache(batch, max_length, slots)]
+
+
+class MixtureOfDepthsLayer(RoutedLayer):
     """The baseline: tokens are chosen and updates weighted by a linear router (arXiv 2404.02258), otherwise a `DynamicLayer`."""
 
     def __init__(
         self, block: nn.Module, dim: int, capacity: float = 0.5, *, device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
-        _check_capacity("MixtureOfDepthsLayer", capacity)
-        self.block = block
-        self.capacity = capacity
+        super().__init__(block, capacity, device)
         self.router = nn.Linear(dim, 1, bias=False, device=device)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        wide = _wide(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # 16-bit weights would tie
-            weight = F.linear(x.to(wide), self.router.weight.to(wide)).squeeze(-1)
-        return _route(self.block, x, weight, self.capacity, _positions(x, positions))
-
-
-def _route(block: nn.Module, x: Tensor, gate: Tensor, capacity: float, positions: Tensor) -> Tensor:
-    idx, _ = topk_route(gate.detach(), _slots(x.shape[1], capacity))
-    rows = route_gather(x, idx)
-    update = block(rows, positions.gather(1, idx.long())) - rows
-    return route_scatter_add(x, update.to(x.dtype), idx, gate.gather(1, idx.long()))
-
-
-def _slots(length: int, capacity: float) -> int:
-    return torch.sym_max(1, math.floor(capacity * length))
-
-
-def _positions(x: Tensor, positions: Tensor | None) -> Tensor:
-    if positions is None:
-        positions = torch.arange(x.shape[1], device=x.device)
-    return positions.expand(x.shape[:2])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check_capacity(layer: str, capacity: float) -> None:
-    if not 0 < capacity <= 1:
-        raise ValueError(f"{layer}: expected capacity to be above 0 and at most 1, got {capacity}")
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
+        # The op of the causal router, blind for the token before: it reads 16-bit data and adds up in float32, where a
+        # linear layer would tie or copy.
+        of_token = self.router.weight[0].to(wide(x.dtype))
+        weight = causal_route_logits(x, F.pad(of_token, (0, x.shape[-1])))
+        return self.route(x, weight, positions_of(x, positions), cache)

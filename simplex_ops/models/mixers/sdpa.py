@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from simplex_ops.models.config import DecoderConfig
 from simplex_ops.models.registry import register_mixer
+from simplex_ops.nn.rotary import frequencies, rotate
 
 
 class DotProductAttention(nn.Module):
@@ -26,8 +27,7 @@ class DotProductAttention(nn.Module):
         self.wk = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.wo = nn.Linear(heads * head_dim, dim, bias=False)
-        frequencies = rope_base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", frequencies(head_dim, rope_base), persistent=False)
 
     def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
         length = x.size(1)
@@ -36,7 +36,7 @@ class DotProductAttention(nn.Module):
         v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         positions = torch.arange(position, position + length, device=x.device)
         angles = positions[:, None] * self.frequencies
-        q, k = _rotate(q, angles), _rotate(k, angles)
+        q, k = rotate(q, angles), rotate(k, angles)
         mask: Tensor | None = None
         if cache is not None:
             rows = cache[0]
@@ -53,13 +53,6 @@ class DotProductAttention(nn.Module):
         weight = self.wk.weight
         shape = [2, batch, self.kv_heads, max_length, self.head_dim]
         return [torch.zeros(shape, dtype=weight.dtype, device=weight.device)]
-
-
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each pair (x_d, x_{d + D/2}) of ``x`` [..., length, D] by ``angles`` [length, D/2]."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def sdpa(config: DecoderConfig, rope_base: float = 10000.0) -> DotProductAttention:
