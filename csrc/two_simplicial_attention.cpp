@@ -126,7 +126,8 @@ struct Launch {
   bool scales_backward() const {
     constexpr int64_t kRowsPerShortKey = 512, kFreeBytes = 64 << 20;
     const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(p.Nk, 64) * short_rows() * p.B * p.Hkv * p.D;
-    return scaled_tiles_pay() && axes.w_short * p.group() >= kRowsPerShortKey &&
+    const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
+    return counts_fit && scaled_tiles_pay() && axes.w_short * p.group() >= kRowsPerShortKey &&
            partial_bytes <= kFreeBytes + static_cast<int64_t>(p.q.numel()) * 2 &&
            kBackwardKVScaled.find_if(device, {dtype, head_dim});
   }

@@ -77,7 +77,7 @@ def main_loops(cubin):
     loops = []
     for a, b in sorted(jumps, key=lambda jump: jump[1] - jump[0]):
         products = sum("MMA" in x for x in instructions[a : b + 1])
-        if a <= b and products > 8 and all(b < c or d < a for c, d in loops):
+        if a <= b and products >= 8 and all(b < c or d < a for c, d in loops):
             loops.append((a, b))
     return [instructions[a : b + 1] for a, b in loops]
 

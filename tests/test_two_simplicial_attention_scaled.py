@@ -106,3 +106,13 @@ def test_all_logits_far_below_zero(dtype):
     truth, plain = forward_reference(problem, torch.float64), forward_reference(problem, dtype)
     assert truth["lse"].max() < -100
     assert_close_to_truth(actual["out"], plain["out"], truth["out"], dtype, "out")
+
+
+def test_fp16_weights_that_are_each_too_small():
+    """Tokens whose first tile lies outside their window start from a reference of 0: 64 of the weights of 2^-22.7 sum to
+    more than 1/2 here, but fp16 would round each by a fifth."""
+    inputs = [torch.full((1, 2176, 1, 40), x, dtype=torch.float16, device="cuda") for x in (-1, 1, 1, 1, 1)]
+    run = partial(op, *inputs, 2048, 2048, scale=0.393)
+    run()
+    assert "two_simplicial_fwd_scaled" in kernels_of(run)
+    torch.testing.assert_close(run()[0], torch.ones_like(inputs[0]), atol=0, rtol=2e-3)

@@ -58,7 +58,7 @@ class Keys:
             tiles = gl.where(swap, self.num_n // BLOCK_N, gl.cdiv(self.num_n, BLOCK_N))
             return self.first_n, tiles, self.w_long, self.first_j, self.num_j, self.w_short
         else:
-            tiles = gl.where(swap, short_tiles, 0)
+            tiles = gl.where(swap & (left > 0), short_tiles, 0)
             return self.first_j, tiles, self.w_short, self.first_n + self.num_n - left, left, self.w_long
 
 
@@ -126,7 +126,7 @@ def _row_ptrs(ptr, row, stride, d):
 
 @gluon.jit
 def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn,
-                 num_keys, head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
+                 head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
     """The helper: scaled tiles of K and V, in the order in which the warpgroups take them."""
     dtype: gl.constexpr = k_long_ptr.dtype.element_ty
     PAIRS: gl.constexpr = HEAD_DIM // 2
@@ -152,7 +152,7 @@ def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, s
             stride_vb = (stride_vsn if part == 0 else stride_vln) // 2
             for tile in range(num_tiles):
                 a = first_a + tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-                mask = (a < num_keys)[:, None] & d_ok[None, :]
+                mask = (a < keys.first_n + keys.num_n)[:, None] & d_ok[None, :]  # the last key that a row sees, on both axes
                 k = gl.load(_row_ptrs(ka_ptr, a, stride_ka, d), mask=mask, other=0)
                 v = gl.load(_row_ptrs(va_ptr, a, stride_va, d), mask=mask, other=0)
                 k_row = kb_ptr + first_b.to(gl.int64) * stride_kb + d
@@ -194,12 +194,12 @@ def _weights(s, ref, row_sum, to_exponent, a, pos, w_a, at_edge, b, w_b, REBASE:
     """P = exp2(S - ref), a reference and sums to go on with, and the factor that earlier sums of P @ V need for it."""
     seen = (pos >= b) & (pos < b + w_b)
     if EXACT or at_edge:
-        s = gl.where((a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a), s, float("-inf"))
+        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a)
+        s = gl.where(valid & seen[:, None] if EXACT else valid, s, float("-inf"))
     alpha = ref
     if REBASE:
-        row_max = gl.max(s, 1) * to_exponent
-        # Without EXACT any logit will do, seen or not: what that takes out of range is done again.
-        new_ref = gl.maximum(ref, gl.where(seen, row_max, float("-inf")) if EXACT else row_max)
+        # Without EXACT any logit of the past will do, seen or not: rows that this takes out of range are done again.
+        new_ref = gl.maximum(ref, gl.where(pos >= b, gl.max(s, 1) * to_exponent, float("-inf")))
         # A row without a logit so far: 0 avoids -inf - -inf.
         finite_ref = gl.where(new_ref == float("-inf"), 0.0, new_ref)
         alpha = gl.exp2(ref - finite_ref)
@@ -269,11 +269,22 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
 
 
 @gluon.jit
+def _store(o, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out_stride, head_dim, dtype: gl.constexpr):
+    HEAD_DIM: gl.constexpr = o.shape[1]
+    o_rows: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    gl.store(lse_ptr + (row % group).to(gl.int64) * num_queries + row // group, (ref + gl.log2(row_sum)) * LN2, mask=mask)
+    row = gl.convert_layout(row, o_rows)
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o.type.layout))
+    out_ptrs = _row_ptrs(out_ptr, (row // group).to(gl.int64) * out_stride + row % group, head_dim, d)
+    out_mask = gl.convert_layout(mask, o_rows)[:, None] & (d < head_dim)[None, :]
+    gl.store(out_ptrs, (o / _over_columns(row_sum, o)).to(dtype), mask=out_mask)
+
+
+@gluon.jit
 def _attend(ring, keys, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, out_stride, num_queries, num_rows, group,
             past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: 64 rows from q to out and lse."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_mma)
     PAIRS: gl.constexpr = HEAD_DIM // 2
     pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
@@ -300,22 +311,23 @@ def _attend(ring, keys, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, stride_qn, s
     o, row_sum, ref, stage, phase = _sums(
         ring, keys, begin, begin, q, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N, False)  # fmt: skip
 
-    # Weights overflow far above the reference. Far below it, fp16 ones lose bits and bf16 ones do not.
-    least: gl.constexpr = 0.5 if dtype == gl.float16 else 1e-20
+    # Weights overflow far above the reference. Far below it, fp16 ones lose bits (2^-25 each at most, so that 2^-12 of the sum
+    # may be lost) and bf16 ones do not.
+    least = gl.full_like(row_sum, 1e-20)
+    if dtype == gl.float16:
+        pairs = gl.minimum(pos + 1, keys.w_long).to(gl.float32) * gl.minimum(pos + 1, keys.w_short).to(gl.float32)
+        least = gl.maximum(pairs * 2.0**-13, 0.5)
     in_range = (row_sum >= least) & (row_sum + gl.convert_layout(gl.sum(o * 0.0, 1), rows) < float("inf"))
     bad = (row < num_rows) & (in_range == 0)
     flag: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     ring.redo.index(warpgroup).store(gl.full([1], 0, gl.int32, flag) + gl.max(bad.to(gl.int32), 0))
     mbarrier.arrive(ring.verdict)
+    # Only bad rows take what the second try says: bits of the others must not depend on their neighbours.
+    _store(o, row_sum, ref, out_ptr, lse_ptr, row, (row < num_rows) & in_range, group, num_queries, out_stride, head_dim, dtype)
     if ring.is_out_of_range():
         o, row_sum, ref, stage, phase = _sums(
             ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N, True)  # fmt: skip
-
-    gl.store(lse_ptr + (row % group).to(gl.int64) * num_queries + row // group, (ref + gl.log2(row_sum)) * LN2, mask=row < num_rows)
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_mma))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
-    out_ptrs = _row_ptrs(out_ptr, (row // group).to(gl.int64) * out_stride + row % group, head_dim, d)
-    gl.store(out_ptrs, (o / _over_columns(row_sum, o)).to(dtype), mask=(row < num_rows)[:, None] & (d < head_dim)[None, :])
+        _store(o, row_sum, ref, out_ptr, lse_ptr, row, bad, group, num_queries, out_stride, head_dim, dtype)
 
 
 @gluon.jit
@@ -381,7 +393,7 @@ def two_simplicial_fwd_scaled(
             (_attend, (ring, keys, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
-                            stride_vsn, num_keys, head_dim, HEAD_DIM, BLOCK_N, True)),
+                            stride_vsn, head_dim, HEAD_DIM, BLOCK_N, True)),
         ],
         [4, 4],
         [192, 120],  # registers; the first partition gets what is left of 504: as much as the second

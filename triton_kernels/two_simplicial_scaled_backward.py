@@ -203,7 +203,7 @@ def two_simplicial_bwd_dq_scaled(
                                 stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim,
                                 scale, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
-                            stride_vsn, num_keys, head_dim, HEAD_DIM, BLOCK_N, False)),
+                            stride_vsn, head_dim, HEAD_DIM, BLOCK_N, False)),
         ],
         [4, 4],
         [192, 120],
@@ -328,7 +328,7 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
     out_mask = (first_n + local_n < num_keys)[:, None] & (d < head_dim)[None, :]
     # exp(scale * s - lse) as exp2(to_exponent * (s - lse * per_lse)); a scale of 0 becomes one that is 0 to any finite s.
-    to_exponent = gl.where(scale == 0, 1e-30, scale * LOG2E)
+    to_exponent = gl.where(gl.maximum(scale, -scale) * LOG2E < 1e-30, 1e-30, scale * LOG2E)
     per_lse = LOG2E / to_exponent
     zero_s = gl.full([ROWS, ROWS], 0.0, gl.float32, s_mma)
     stage = gl.to_tensor(0)
