@@ -1,7 +1,7 @@
 """What two_simplicial_attention obeys beyond accuracy: windows computed by hand, causality, symmetry, independence."""
 
-import math
 import itertools
+import math
 from functools import partial
 
 import pytest
