@@ -135,7 +135,10 @@ def test_the_block_gets_original_positions(device):
             self.positions = positions
             return x + 1
 
-    layer, gate = DynamicLayer(Record(), 0.5), torch.tensor([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.2, 0.1]], device=device)
+    layer, gate = (
+        DynamicLayer(Record(), 0.5).to(device),
+        torch.tensor([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.2, 0.1]], device=device),
+    )
     layer(torch.zeros(2, 4, DIM, device=device), gate)
     assert layer.block.positions.tolist() == [[1, 3], [0, 1]]
     layer(torch.zeros(2, 4, DIM, device=device), gate, torch.tensor([5, 6, 9, 11], device=device))

@@ -55,7 +55,8 @@ def _rows(ptr, token, r, mask, R: tl.constexpr):
 def _normalize(z):
     """z / |z| and two factors of |z|, neither of which overflows; the second is 0 for a token of 0."""
     largest = tl.max(tl.abs(z), 1)
-    zero = largest < SMALLEST_NORMAL
+    total = tl.sum(z, 1)
+    zero = (largest < SMALLEST_NORMAL) & (total == total)  # a GPU's maximum passes over NaN: a token of NaN is not 0
     largest = tl.where(zero, 1.0, largest)
     x = tl.where(zero[:, None], 0.0, z / largest[:, None])
     norm = tl.sqrt(tl.sum(x * x, 1))
