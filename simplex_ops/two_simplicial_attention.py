@@ -89,7 +89,8 @@ def two_simplicial_attention(
         return_lse: also return the log-sum-exp, which merges results over disjoint sets of pairs. It is differentiable.
 
     Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
-    256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype.
+    256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype. In float16
+    the products of key rows, and those of value rows, must stay within its range (65504): they may be rounded to it.
     TorchScript takes `torch.ops.simplex.two_simplicial_attention` itself, which returns (out, lse).
 
     Returns:
