@@ -24,158 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 
+from triton_kernels.scaled_tiles import (
+    LOG2E,
+    ROWS,
+    _as_pairs,
+    _keys_of,
+    _new_ring,
+    _own_steps,
+    _pairs,
+    _row_ptrs,
+    _scale_tiles,
+)
 from triton_kernels.variant import Variant
 
-LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # of a warpgroup
-
-
-@aggregate
-class Keys:
-    """The keys that the rows of a block see: num_n from first_n on the long axis, num_j from first_j on the short one."""
-
-    first_n: gl.tensor
-    num_n: gl.tensor
-    w_long: gl.tensor
-    first_j: gl.tensor
-    num_j: gl.tensor
-    w_short: gl.tensor
-
-    @gluon.jit
-    def part(self, index, BLOCK_N: gl.constexpr):
-        """What is cut into tiles, and what is walked step by step: (first key, tiles, window), (first key, steps, window).
-
-        Part 0: tiles of the long axis, a step for each short key. Part 1, the long keys that fill no tile: tiles of the short
-        axis and a step for each of those long keys, where these are fewer steps than one more tile of part 0.
-        """
-        left = self.num_n % BLOCK_N
-        short_tiles = gl.cdiv(self.num_j, BLOCK_N)
-        swap = left * short_tiles < self.num_j
-        if index == 0:
-            tiles = gl.where(swap, self.num_n // BLOCK_N, gl.cdiv(self.num_n, BLOCK_N))
-            return self.first_n, tiles, self.w_long, self.first_j, self.num_j, self.w_short
-        else:
-            tiles = gl.where(swap & (left > 0), short_tiles, 0)
-            return self.first_j, tiles, self.w_short, self.first_n + self.num_n - left, left, self.w_long
-
-
-@aggregate
-class Ring:
-    """The scaled tiles on their way to the two warpgroups that multiply, and the verdict of these on their sums."""
-
-    k: gl.shared_memory_descriptor  # [stages, BLOCK_N, HEAD_DIM]
-    v: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor  # [stages] barriers
-    empty: gl.shared_memory_descriptor
-    verdict: gl.shared_memory_descriptor  # barrier
-    redo: gl.shared_memory_descriptor  # [2] flags
-
-    @gluon.jit
-    def is_out_of_range(self):
-        """1 if a warpgroup wants the block to be done again, else 0; waits for both."""
-        mbarrier.wait(self.verdict, 0)
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        return gl.max(self.redo.index(0).load(layout) | self.redo.index(1).load(layout), 0)
-
-    @gluon.jit
-    def advance(self, stage, phase):
-        last = stage == self.full.shape[0] - 1
-        return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-    @gluon.jit
-    def skip(self, count, stage, phase):
-        """Lets tiles pass that are for the other warpgroup."""
-        for _ in range(count):
-            mbarrier.wait(self.full.index(stage), phase)
-            mbarrier.arrive(self.empty.index(stage))
-            stage, phase = self.advance(stage, phase)
-        return stage, phase
-
-
-# 16-bit elements are loaded, scaled and stored as the two halves of an int32: one by one they would not stay packed in
-# registers, and a helper that spills is too slow.
-@gluon.jit
-def _multiply_pairs(a, b, dtype: gl.constexpr):
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-    else:
-        return gl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _pairs(ptr):
-    return ptr.to(gl.pointer_type(gl.int32))
-
-
-@gluon.jit
-def _as_pairs(tiles):
-    """The same shared memory; a swizzle depends on bytes, not on the type."""
-    TILES: gl.constexpr = tiles.shape[0]
-    N: gl.constexpr = tiles.shape[1]
-    PAIRS: gl.constexpr = tiles.shape[2] // 2
-    return tiles.reinterpret(gl.int32, [TILES, N, PAIRS], gl.NVMMASharedLayout.get_default_for([N, PAIRS], gl.int32))
-
-
-@gluon.jit
-def _row_ptrs(ptr, row, stride, d):
-    return ptr + row.to(gl.int64)[:, None] * stride + d[None, :]
-
-
-@gluon.jit
-def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn,
-                 head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
-    """The helper: scaled tiles of K and V, in the order in which the warpgroups take them."""
-    dtype: gl.constexpr = k_long_ptr.dtype.element_ty
-    PAIRS: gl.constexpr = HEAD_DIM // 2
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [gl.num_warps(), 1], [1, 0])
-    k_smem = _as_pairs(ring.k)
-    v_smem = _as_pairs(ring.v)
-    d = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
-    d_ok = d < head_dim // 2
-    stage = 0
-    phase = 1
-    attempts = 1
-    attempt = 0
-    while attempt < attempts:
-        for part in range(2):
-            first_a, num_tiles, _, first_b, num_b, _ = keys.part(part, BLOCK_N)
-            ka_ptr = _pairs(k_long_ptr) if part == 0 else _pairs(k_short_ptr)
-            va_ptr = _pairs(v_long_ptr) if part == 0 else _pairs(v_short_ptr)
-            kb_ptr = _pairs(k_short_ptr) if part == 0 else _pairs(k_long_ptr)
-            vb_ptr = _pairs(v_short_ptr) if part == 0 else _pairs(v_long_ptr)
-            stride_ka = (stride_kln if part == 0 else stride_ksn) // 2
-            stride_va = (stride_vln if part == 0 else stride_vsn) // 2
-            stride_kb = (stride_ksn if part == 0 else stride_kln) // 2
-            stride_vb = (stride_vsn if part == 0 else stride_vln) // 2
-            for tile in range(num_tiles):
-                a = first_a + tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-                mask = (a < keys.first_n + keys.num_n)[:, None] & d_ok[None, :]  # the last key that a row sees, on both axes
-                k = gl.load(_row_ptrs(ka_ptr, a, stride_ka, d), mask=mask, other=0)
-                v = gl.load(_row_ptrs(va_ptr, a, stride_va, d), mask=mask, other=0)
-                k_row = kb_ptr + first_b.to(gl.int64) * stride_kb + d
-                v_row = vb_ptr + first_b.to(gl.int64) * stride_vb + d
-                k_b = gl.load(k_row, mask=d_ok, other=0)
-                v_b = gl.load(v_row, mask=d_ok, other=0)
-                for i in range(num_b):
-                    k_row += stride_kb
-                    v_row += stride_vb
-                    more = d_ok & (i + 1 < num_b)
-                    next_k = gl.load(k_row, mask=more, other=0)
-                    next_v = gl.load(v_row, mask=more, other=0)
-                    mbarrier.wait(ring.empty.index(stage), phase)
-                    k_smem.index(stage).store(_multiply_pairs(k, gl.broadcast(k_b[None, :], k)[0], dtype))
-                    v_smem.index(stage).store(_multiply_pairs(v, gl.broadcast(v_b[None, :], v)[0], dtype))
-                    fence_async_shared()
-                    mbarrier.arrive(ring.full.index(stage))
-                    k_b, v_b = next_k, next_v
-                    stage, phase = ring.advance(stage, phase)
-        attempt += 1
-        if MAY_REDO:
-            if attempt == 1:
-                attempts += ring.is_out_of_range()
 
 
 @gluon.jit
@@ -223,9 +86,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
     o = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     for part in range(2):
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
-        # The steps whose key these rows see, of those that come.
-        own_first = gl.minimum(gl.maximum(first_pos - w_b + 1 - first_b, 0), num_b)
-        own_num = gl.maximum(gl.minimum(last_pos + 1 - first_b, num_b) - own_first, 0)
+        own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
         for tile in range(num_tiles):
             stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
@@ -363,21 +224,9 @@ def two_simplicial_fwd_scaled(
     lse_ptr += (batch * q_heads + kv_head * group) * num_queries
 
     past = num_keys - num_queries
-    first_pos = first_row // group + past
-    last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
-    first_n = gl.maximum(first_pos - w_long + 1, 0)
-    first_j = gl.maximum(first_pos - w_short + 1, 0)
-    keys = Keys(first_n, last_pos + 1 - first_n, w_long, first_j, last_pos + 1 - first_j, w_short)
+    keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M)
 
-    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], dtype)
-    ring = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile),
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(),
-        gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-    )
+    ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
     q_smem = gl.allocate_shared_memory(
         dtype, [2, ROWS, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype))  # fmt: skip
     for i in gl.static_range(STAGES):

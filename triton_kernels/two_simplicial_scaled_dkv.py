@@ -1,20 +1,16 @@
-"""The backward pass of 2-simplicial attention on Hopper, with scaled tiles as in two_simplicial_scaled.py.
+"""The gradients of the keys and values of 2-simplicial attention on Hopper (two_simplicial_scaled_dq.py has that of q).
 
-With k_j = k_long * k_short[j] and v_j = v_long * v_short[j] for one short key j,
-
-    S = q @ k_j^T    dP = dO @ v_j^T    dS = P * (dP - delta)    dq += dS @ k_j
-
-is `two_simplicial_bwd_dq_scaled`, three products over the ring of scaled tiles. `two_simplicial_bwd_dkv_scaled` holds a tile of
-the long axis and takes one short key after the other; the sums over all rows that see both,
+A block holds a tile of the long axis and takes one short key j after the other, with its scaled tiles k_j and v_j. The sums
+over all rows that see both,
 
     G = dS^T @ q    H = P^T @ dO
 
-stay in the tensor cores, and give all four gradients of the keys once per short key:
+stay in the tensor cores, and give all four gradients once per short key:
 
     dk_long += k_short[j] * G    dk_short[j] += sum_n k_long[n] * G[n]    (the values alike, with H)
 
-So seven products in all instead of eight, and the short gradients cost none. Partial sums are added up in a fixed order by
-two_simplicial_bwd_sum (long) and two_simplicial_bwd_merge (short): no atomics.
+So with dq's three products there are seven in all instead of eight, and the short gradients cost none. Partial sums are added
+up in a fixed order by two_simplicial_bwd_sum (long) and two_simplicial_bwd_merge (short): no atomics between threads.
 """
 
 import itertools
@@ -30,184 +26,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from triton_kernels.two_simplicial_scaled import (
+from triton_kernels.scaled_tiles import (
     LOG2E,
     ROWS,
-    Keys,
-    Ring,
+    _advance,
     _as_pairs,
     _multiply_pairs,
     _pairs,
     _row_ptrs,
-    _scale_tiles,
+    _sees_one_pair,
 )
 from triton_kernels.variant import Variant
-
-
-@gluon.jit
-def _sees_one_pair(pos, w_long, w_short):
-    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated)."""
-    return (pos == 0) | (w_long + w_short == 2)
-
-
-@gluon.jit
-def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single):
-    """dS, 0 for pairs that are not seen."""
-    shift = gl.where((pos >= b) & (pos < b + w_b), -lse2, float("-inf"))
-    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
-    ds = p * (dp - delta[:, None])
-    if at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a) & (pos >= b)[:, None] & (pos < b + w_b)[:, None]
-        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
-    return ds
-
-
-@gluon.jit
-def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, has_grad_lse,
-                     grad_q_ptr, delta_ptr, stride_qn, stride_qh, stride_gn, stride_gh, out_stride, num_queries, num_rows, group, past,
-                     first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
-    """One of the two warpgroups that multiply: dq and delta of 64 rows."""
-    s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    ds_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2)
-    rows: gl.constexpr = gl.SliceLayout(1, s_mma)
-    PAIRS: gl.constexpr = HEAD_DIM // 2
-    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-
-    first_row += warpgroup * ROWS
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, pairs))
-    d = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
-    mask = (row < num_rows)[:, None] & (d < head_dim // 2)[None, :]
-    q_ptrs = _row_ptrs(_pairs(q_ptr), row // group, stride_qn // 2, d) + (row % group)[:, None] * (stride_qh // 2)
-    g_ptrs = _row_ptrs(_pairs(grad_out_ptr), row // group, stride_gn // 2, d) + (row % group)[:, None] * (stride_gh // 2)
-    _as_pairs(qg_smem).index(warpgroup).store(gl.load(q_ptrs, mask=mask, other=0))
-    _as_pairs(qg_smem).index(2 + warpgroup).store(gl.load(g_ptrs, mask=mask, other=0))
-    fence_async_shared()
-    gl.barrier()
-    q = qg_smem.index(warpgroup).load(gl.DotOperandLayout(0, s_mma, 2))
-    grad_out = qg_smem.index(2 + warpgroup)
-
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_mma))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
-    out_mask = (row < num_rows)[:, None] & (d < head_dim)[None, :]
-    out_offsets = ((row // group).to(gl.int64) * out_stride + row % group)[:, None] * head_dim + d[None, :]
-    out = gl.load(out_ptr + out_offsets, mask=out_mask, other=0.0)
-    delta = gl.convert_layout(gl.sum(grad_out.load(o_mma).to(gl.float32) * out.to(gl.float32), 1), rows)
-    row = first_row + gl.arange(0, ROWS, rows)
-    pos = row // group + past
-    single = _sees_one_pair(pos, keys.w_long, keys.w_short)
-    delta = gl.where(single, 0.0, delta)
-    lse_row = (row % group).to(gl.int64) * num_queries + row // group
-    if has_grad_lse != 0:
-        delta -= gl.load(grad_lse_ptr + lse_row, mask=row < num_rows, other=0.0)
-    gl.store(delta_ptr + lse_row, delta, mask=row < num_rows)
-    lse2 = gl.load(lse_ptr + lse_row, mask=row < num_rows, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
-    to_exponent = scale * LOG2E
-
-    first_pos = first_row // group + past
-    last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
-    one_pair = _sees_one_pair(first_pos, keys.w_long, keys.w_short)
-    zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
-    grad_q = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    for part in range(2):
-        first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
-        own_first = gl.minimum(gl.maximum(first_pos - w_b + 1 - first_b, 0), num_b)
-        own_num = gl.maximum(gl.minimum(last_pos + 1 - first_b, num_b) - own_first, 0)
-        for tile in range(num_tiles):
-            stage, phase = ring.skip(own_first, stage, phase)
-            start = first_a + tile * BLOCK_N
-            a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a) | one_pair
-            for b in range(first_b + own_first, first_b + own_first + own_num):
-                mbarrier.wait(ring.full.index(stage), phase)
-                s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                dp = warpgroup_mma(grad_out, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single)
-                ds = gl.convert_layout(ds.to(dtype), ds_layout)
-                grad_q_next = warpgroup_mma(ds, ring.k.index(stage), grad_q, is_async=True)
-                grad_q = warpgroup_mma_wait(0, deps=(grad_q_next,))
-                mbarrier.arrive(ring.empty.index(stage))
-                stage, phase = ring.advance(stage, phase)
-            stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
-    gl.store(grad_q_ptr + out_offsets, (grad_q * scale).to(dtype), mask=out_mask)
-
-
-@gluon.jit
-def two_simplicial_bwd_dq_scaled(
-    q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16",
-    v_short_ptr: "*dtype:16",
-    out_ptr: "*dtype:16", lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", grad_lse_ptr: "*fp32:16",
-    grad_q_ptr: "*dtype:16", delta_ptr: "*fp32:16",
-    stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
-    stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
-    stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
-    stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
-    stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
-    stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
-    num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32",
-    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    num_rows = num_queries * group
-    num_blocks = gl.cdiv(num_rows, BLOCK_M)
-    num_heads = gl.num_programs(0) // num_blocks
-    first_row = (num_blocks - 1 - gl.program_id(0) // num_heads) * BLOCK_M  # the most work first
-    batch_head = gl.program_id(0) % num_heads
-    batch = (batch_head // kv_heads).to(gl.int64)
-    kv_head = (batch_head % kv_heads).to(gl.int64)
-    k_long_ptr += batch * stride_klb + kv_head * stride_klh
-    v_long_ptr += batch * stride_vlb + kv_head * stride_vlh
-    k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
-    v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
-    q_heads = kv_heads * group
-    q_ptr += batch * stride_qb + kv_head * group * stride_qh
-    grad_out_ptr += batch * stride_gb + kv_head * group * stride_gh
-    first_out = (batch * num_queries * q_heads + kv_head * group) * head_dim
-    first_lse = (batch * q_heads + kv_head * group) * num_queries
-
-    past = num_keys - num_queries
-    first_pos = first_row // group + past
-    last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
-    first_n = gl.maximum(first_pos - w_long + 1, 0)
-    first_j = gl.maximum(first_pos - w_short + 1, 0)
-    keys = Keys(first_n, last_pos + 1 - first_n, w_long, first_j, last_pos + 1 - first_j, w_short)
-
-    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], dtype)
-    ring = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile),
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(),
-        gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-    )
-    qg_smem = gl.allocate_shared_memory(
-        dtype, [4, ROWS, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype))  # fmt: skip
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_query_gradients, (ring, keys, qg_smem, 0, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
-                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, delta_ptr + first_lse, stride_qn,
-                                stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim,
-                                scale, HEAD_DIM, BLOCK_N)),
-            (_query_gradients, (ring, keys, qg_smem, 1, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
-                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, delta_ptr + first_lse, stride_qn,
-                                stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim,
-                                scale, HEAD_DIM, BLOCK_N)),
-            (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
-                            stride_vsn, head_dim, HEAD_DIM, BLOCK_N, False)),
-        ],
-        [4, 4],
-        [192, 120],
-    )  # fmt: skip
 
 
 @aggregate
@@ -223,8 +52,7 @@ class Stream:
 
     @gluon.jit
     def advance(self, stage, phase):
-        last = stage == self.full.shape[0] - 1
-        return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+        return _advance(self.full, stage, phase)
 
 
 @gluon.jit
@@ -474,12 +302,11 @@ def two_simplicial_bwd_dkv_scaled(
 
 # Measured on an H100: docs/kernels.md.
 VARIANTS = [
-    variant
-    for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
-    for variant in (
-        Variant(two_simplicial_bwd_dq_scaled, "sm90a", {"dtype": dtype, "HEAD_DIM": head_dim},
-                {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3, "num_warps": 4}),
-        Variant(two_simplicial_bwd_dkv_scaled, "sm90a", {"dtype": dtype, "HEAD_DIM": head_dim},
-                {"BLOCK_N": 128, "STAGES": 3, "num_warps": 4}),
+    Variant(
+        two_simplicial_bwd_dkv_scaled,
+        "sm90a",
+        {"dtype": dtype, "HEAD_DIM": head_dim},
+        {"BLOCK_N": 128, "STAGES": 3, "num_warps": 4},
     )
-]  # fmt: skip
+    for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
+]
