@@ -20,6 +20,7 @@ struct TwoSimplicialAttention {
 // out: contiguous [B, Nq, Hq, D] of q's dtype; lse: contiguous [B, Hq, Nq], fp32 (fp64 for fp64 inputs). Both are
 // written whole.
 void forward_cpu(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse);
+void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse);
 
 struct TwoSimplicialGrads {
   Tensor q, k1, k2, v1, v2;  // contiguous, of the inputs' shapes and dtype; written whole
@@ -29,5 +30,7 @@ struct TwoSimplicialGrads {
 // Nq] or none.
 void backward_cpu(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                   const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads);
+void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                   const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads);
 
 }  // namespace simplex

@@ -1,0 +1,322 @@
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "kernel.h"
+#include "two_simplicial_attention.h"
+
+namespace simplex {
+
+namespace {
+
+const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
+const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
+const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM"});
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The axes by what the kernels do with them: the shorter window's is walked by offset, the other's by tiles.
+struct Axes {
+  const Tensor &k_long, &v_long, &k_short, &v_short;
+  int64_t w_long, w_short;
+
+  explicit Axes(const TwoSimplicialAttention& p)
+      : Axes(p.w1 >= p.w2 ? Axes{p.k1, p.v1, p.k2, p.v2, p.w1, p.w2} : Axes{p.k2, p.v2, p.k1, p.v1, p.w2, p.w1}) {}
+
+ private:
+  Axes(const Tensor& kl, const Tensor& vl, const Tensor& ks, const Tensor& vs, int64_t wl, int64_t ws)
+      : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
+};
+
+// One call's device, stream and key. No device guard: launch() makes the device's context current, allocations name it.
+struct Launch {
+  const TwoSimplicialAttention& p;
+  Axes axes;
+  int device;
+  void* stream;
+  int64_t dtype, head_dim;
+  int64_t rows;  // of one kv head
+
+  Launch(const char* op, const TwoSimplicialAttention& p)
+      : p(p),
+        axes(p),
+        device(p.q.get_device_index()),
+        stream(current_cuda_stream(device)),
+        dtype(dtype_constant(p.q)),
+        head_dim(32),
+        rows(p.Nq * p.group()) {
+    while (head_dim < p.D) head_dim *= 2;
+    // The kernels count rows and positions in 32 bits (elements in 64).
+    SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ",
+                   rows);
+    SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
+  }
+
+  // The variant whose runs of rows with one token are longest, of those that the group consists of.
+  const Kernel& select(const KernelFamily& family) const {
+    for (int64_t share : {64, 8}) {
+      const Kernel* kernel = p.group() % share == 0 ? family.find_if(device, {dtype, head_dim, share}) : nullptr;
+      if (kernel) return *kernel;
+    }
+    return family.find(device, {dtype, head_dim, 1});
+  }
+
+  // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py) or null. A warpgroup of theirs walks the
+  // short keys that any of its 64 rows sees: no waste where they are of one token, but where their tokens are many next
+  // to the window, more than is gained. The backward pass has work to do once per short key, which many rows must
+  // share, and leaves partial sums of the short gradients for each 64 long keys, at most as large as q.
+  const Kernel* scaled_forward() const {
+    // fp16 shows that S is rounded elsewhere if only one of the two passes scales the tiles.
+    if (p.dtype == ScalarType::Half && !scales_backward()) return nullptr;
+    return scaled_tiles_pay() ? kForwardScaled.find_if(device, {dtype, head_dim}) : nullptr;
+  }
+  bool scales_backward() const {
+    constexpr int64_t kRowsPerShortKey = 512, kFreeBytes = 64 << 20;
+    const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(p.Nk, 64) * short_rows() * p.B * p.Hkv * p.D;
+    const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
+    return counts_fit && scaled_tiles_pay() && axes.w_short * p.group() >= kRowsPerShortKey &&
+           partial_bytes <= kFreeBytes + static_cast<int64_t>(p.q.numel()) * 2 &&
+           kBackwardKVScaled.find_if(device, {dtype, head_dim});
+  }
+  // Of dk_short and dv_short, for 64 long keys.
+  int64_t short_rows() const { return 64 + axes.w_long + axes.w_short - 2; }
+
+  std::array<unsigned, 3> grid(int64_t programs_per_head) const {
+    const int64_t programs = programs_per_head * p.B * p.Hkv;
+    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs,
+                    " programs exceed a CUDA grid");
+    return {static_cast<unsigned>(programs), 1, 1};
+  }
+
+ private:
+  bool scaled_tiles_pay() const { return 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1); }
+};
+
+// The arguments of a launch, in the order of the kernel's parameters.
+class Args {
+ public:
+  explicit Args(const Launch& launch) : l_(launch) { list_.reserve(kMaxParams); }
+  operator Span<Arg>() const { return {list_.data(), list_.size()}; }
+
+  Args& pointer(const char* name, const Tensor& t) { return push({name, t.const_data_ptr()}); }
+  Args& integer(const char* name, int64_t value) { return push({name, static_cast<int32_t>(value)}); }
+  Args& number(const char* name, double value) { return push({name, static_cast<float>(value)}); }
+  Args& strides(const char* batch, const char* length, const char* head, const Tensor& t) {
+    const auto leading = leading_strides(t);
+    return push({batch, leading[0]}).push({length, leading[1]}).push({head, leading[2]});
+  }
+
+  Args& inputs() {
+    pointer("q_ptr", l_.p.q).pointer("k_long_ptr", l_.axes.k_long).pointer("v_long_ptr", l_.axes.v_long);
+    return pointer("k_short_ptr", l_.axes.k_short).pointer("v_short_ptr", l_.axes.v_short);
+  }
+  // Strides, those of grad_out too if there is one, sizes, windows and scale.
+  Args& problem(const Tensor* grad_out = nullptr) {
+    strides("stride_qb", "stride_qn", "stride_qh", l_.p.q);
+    strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
+    strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
+    strides("stride_ksb", "stride_ksn", "stride_ksh", l_.axes.k_short);
+    strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
+    if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
+    integer("num_queries", l_.p.Nq).integer("num_keys", l_.p.Nk).integer("kv_heads", l_.p.Hkv);
+    integer("group", l_.p.group()).integer("head_dim", l_.p.D);
+    return integer("w_long", l_.axes.w_long).integer("w_short", l_.axes.w_short).number("scale", l_.p.scale);
+  }
+
+ private:
+  Args& push(const Arg& arg) {
+    list_.push_back(arg);
+    return *this;
+  }
+
+  const Launch& l_;
+  std::vector<Arg> list_;
+};
+
+// Enough programs for every multiprocessor of the largest GPU to hold several.
+constexpr int64_t kPrograms = 1024;
+
+// How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
+// w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
+int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
+  constexpr int64_t kFreeBytes = 64 << 20, kMostRowsPerToken = 8;
+  const int64_t heads = l.p.B * l.p.Hkv;
+  const int64_t spread = std::max<int64_t>(num_tiles * heads / kPrograms, 1);
+  const int64_t frugal = ceil_div(l.axes.w_short * l.p.group(), kMostRowsPerToken * block_m);
+  const int64_t bytes = ceil_div(num_tiles, spread) * heads * l.axes.w_short * l.p.D * 2 * sizeof(float);
+  return std::min(bytes > kFreeBytes ? std::max(spread, frugal) : spread, num_tiles);
+}
+
+// The gradients by what the kernels do with them.
+struct GradAxes {
+  const Tensor &k_long, &v_long, &k_short, &v_short;
+
+  GradAxes(const Launch& l, const TwoSimplicialGrads& g)
+      : GradAxes(&l.axes.k_long == &l.p.k1 ? GradAxes{g.k1, g.v1, g.k2, g.v2} : GradAxes{g.k2, g.v2, g.k1, g.v1}) {}
+
+ private:
+  GradAxes(const Tensor& kl, const Tensor& vl, const Tensor& ks, const Tensor& vs)
+      : k_long(kl), v_long(vl), k_short(ks), v_short(vs) {}
+};
+
+// dk_long and dv_long: the splits' partial sums, added in order.
+void add_splits(const Launch& l, const GradAxes& grad, const Tensor& part_k, const Tensor& part_v, int64_t splits,
+                int64_t block_keys) {
+  const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
+  launch(sum, l.device, l.stream, l.grid(ceil_div(l.p.Nk, sum["BLOCK_N"])),
+         Args(l)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .pointer("grad_k_ptr", grad.k_long)
+             .pointer("grad_v_ptr", grad.v_long)
+             .integer("num_keys", l.p.Nk)
+             .integer("kv_heads", l.p.Hkv)
+             .integer("head_dim", l.p.D)
+             .number("scale", l.p.scale)
+             .integer("num_splits", splits)
+             .integer("block_keys", block_keys));
+}
+
+// dk_short and dv_short: the partial rows of chunks of `chunk_rows` rows, of which a position has `group`.
+void merge_chunks(const Launch& l, const GradAxes& grad, const Tensor& part_k, const Tensor& part_v,
+                  int64_t num_positions, int64_t group, int64_t chunk_rows, int64_t chunk_span, int64_t reach) {
+  const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
+  launch(merge, l.device, l.stream, l.grid(ceil_div(l.p.Nk, merge["BLOCK_N"])),
+         Args(l)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .pointer("grad_k_ptr", grad.k_short)
+             .pointer("grad_v_ptr", grad.v_short)
+             .integer("num_queries", num_positions)
+             .integer("num_keys", l.p.Nk)
+             .integer("kv_heads", l.p.Hkv)
+             .integer("group", group)
+             .integer("head_dim", l.p.D)
+             .integer("w_short", l.axes.w_short)
+             .number("scale", l.p.scale)
+             .integer("chunk_rows", chunk_rows)
+             .integer("chunk_span", chunk_span)
+             .integer("reach", reach));
+}
+
+Tensor partial_sums(const Launch& l, int64_t programs, int64_t rows) {
+  return empty_like_device(l.p.q, {programs, rows, l.p.D}, ScalarType::Float);
+}
+
+void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
+                     const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
+  const TwoSimplicialAttention& p = l.p;
+  const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim});
+  launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
+         Args(l)
+             .inputs()
+             .pointer("out_ptr", out)
+             .pointer("lse_ptr", lse)
+             .pointer("grad_out_ptr", grad_out)
+             .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
+             .pointer("grad_q_ptr", grad_q)
+             .pointer("delta_ptr", delta)
+             .problem(&grad_out)
+             .integer("has_grad_lse", grad_lse.has_value()));
+
+  const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim});
+  const int64_t block_n = dkv["BLOCK_N"];
+  const int64_t blocks = ceil_div(p.Nk, block_n);
+  const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, p.Nk);
+  const Tensor part_k = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
+  const Tensor part_v = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
+  const Tensor part_ks = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
+  const Tensor part_vs = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
+  launch(dkv, l.device, l.stream, l.grid(blocks * splits),
+         Args(l)
+             .inputs()
+             .pointer("lse_ptr", lse)
+             .pointer("grad_out_ptr", grad_out)
+             .pointer("delta_ptr", delta)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .pointer("part_ks_ptr", part_ks)
+             .pointer("part_vs_ptr", part_vs)
+             .problem(&grad_out)
+             .integer("num_splits", splits));
+  add_splits(l, grad, part_k, part_v, splits, block_n);
+  merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, 64, l.short_rows(), l.axes.w_long - 1);
+}
+
+void backward_portable(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                       const Tensor& out, const Tensor& lse, const Tensor& delta, const Tensor& grad_q,
+                       const GradAxes& grad) {
+  const TwoSimplicialAttention& p = l.p;
+  const Kernel& dq = l.select(kBackwardQ);
+  const int64_t block_m = dq["BLOCK_M"];
+  const int64_t num_tiles = ceil_div(l.rows, block_m);
+  const int64_t chunk_tiles = tiles_per_chunk(l, num_tiles, block_m);
+  const int64_t chunks = ceil_div(num_tiles, chunk_tiles);
+  const int64_t chunk_span = ceil_div(chunk_tiles * block_m, p.group()) + l.axes.w_short;
+  {
+    const Tensor part_k = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
+    const Tensor part_v = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
+    launch(dq, l.device, l.stream, l.grid(chunks),
+           Args(l)
+               .inputs()
+               .pointer("out_ptr", out)
+               .pointer("lse_ptr", lse)
+               .pointer("grad_out_ptr", grad_out)
+               .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
+               .pointer("grad_q_ptr", grad_q)
+               .pointer("delta_ptr", delta)
+               .pointer("part_k_ptr", part_k)
+               .pointer("part_v_ptr", part_v)
+               .problem(&grad_out)
+               .integer("has_grad_lse", grad_lse.has_value())
+               .integer("chunk_tiles", chunk_tiles)
+               .integer("chunk_span", chunk_span));
+    merge_chunks(l, grad, part_k, part_v, p.Nq, p.group(), chunk_tiles * block_m, chunk_span, 0);
+  }
+
+  const Kernel& dkv = kBackwardKV.find(l.device, {l.dtype, l.head_dim});
+  const int64_t block_n = dkv["BLOCK_N"];
+  const int64_t blocks = ceil_div(p.Nk, block_n);
+  const int64_t most_tiles = ceil_div(std::min(l.axes.w_long + block_n, p.Nq) * p.group(), dkv["BLOCK_M"]);
+  const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, most_tiles);
+  const int64_t parts = splits > 1 ? p.B * p.Hkv * blocks * splits : 0;
+  const Tensor part_k = partial_sums(l, parts, block_n), part_v = partial_sums(l, parts, block_n);
+  launch(dkv, l.device, l.stream, l.grid(blocks * splits),
+         Args(l)
+             .inputs()
+             .pointer("lse_ptr", lse)
+             .pointer("grad_out_ptr", grad_out)
+             .pointer("delta_ptr", delta)
+             .pointer("grad_k_ptr", grad.k_long)
+             .pointer("grad_v_ptr", grad.v_long)
+             .pointer("part_k_ptr", part_k)
+             .pointer("part_v_ptr", part_v)
+             .problem(&grad_out)
+             .integer("num_splits", splits));
+  if (splits > 1) add_splits(l, grad, part_k, part_v, splits, block_n);
+}
+
+}  // namespace
+
+void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
+  const Launch l("two_simplicial_attention", p);
+  const Kernel* scaled = l.scaled_forward();
+  const Kernel& kernel = scaled ? *scaled : l.select(kForward);
+  launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
+         Args(l).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());
+}
+
+void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                   const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
+  const Launch l("two_simplicial_attention_backward", p);
+  const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
+  (l.scales_backward() ? backward_scaled : backward_portable)(l, grad_out, grad_lse, out, lse, delta, grads.q,
+                                                              GradAxes(l, grads));
+}
+
+}  // namespace simplex
