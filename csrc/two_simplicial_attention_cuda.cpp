@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "kernel.h"
@@ -94,7 +96,14 @@ struct Launch {
   }
 
  private:
-  bool scaled_tiles_pay() const { return 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1); }
+  bool scaled_tiles_pay() const {
+    // A reader's switch, not a tuning knob: SIMPLEX_KERNELS=portable is what the other kernels are compared with.
+    static const bool portable_only = [] {
+      const char* kernels = std::getenv("SIMPLEX_KERNELS");
+      return kernels && std::string_view(kernels) == "portable";
+    }();
+    return !portable_only && 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1);
+  }
 };
 
 // The arguments of a launch, in the order of the kernel's parameters.
