@@ -19,6 +19,16 @@ def _advance(barriers, stage, phase):
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
+@gluon.jit
+def _skip(full, empty, count, stage, phase):
+    """Lets `count` stages of a ring with these barriers pass, which are for the other warpgroup."""
+    for _ in range(count):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = _advance(full, stage, phase)
+    return stage, phase
+
+
 @aggregate
 class Keys:
     """The keys that the rows of a block see: num_n from first_n on the long axis, num_j from first_j on the short one."""
@@ -78,15 +88,6 @@ class Ring:
     @gluon.jit
     def advance(self, stage, phase):
         return _advance(self.full, stage, phase)
-
-    @gluon.jit
-    def skip(self, count, stage, phase):
-        """Lets tiles pass that are for the other warpgroup."""
-        for _ in range(count):
-            mbarrier.wait(self.full.index(stage), phase)
-            mbarrier.arrive(self.empty.index(stage))
-            stage, phase = self.advance(stage, phase)
-        return stage, phase
 
 
 @gluon.jit
@@ -197,3 +198,9 @@ def _own_steps(first_pos, last_pos, first_b, num_b, w_b):
 def _sees_one_pair(pos, w_long, w_short):
     """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated)."""
     return (pos == 0) | (w_long + w_short == 2)
+
+
+@gluon.jit
+def _to_exponent(scale):
+    """exp(scale * s) = exp2(to_exponent * s); a scale of 0 becomes one that is 0 to any finite s."""
+    return gl.where(gl.maximum(scale, -scale) * LOG2E < 1e-30, 1e-30, scale * LOG2E)
