@@ -194,15 +194,17 @@ def main() -> None:
     if args.plot:
         print(plot(args.plot))
         return
-    rows = []
-    for shape in SHAPES[args.device][: 4 if args.quick else None]:
-        rows.append(measure(shape, args.device, 0.15 if args.report else 0.5))
-        print(line(rows[-1]), flush=True)
-    for sweep, at, shape in sweeps(args.device) if args.report else []:
-        rows.append(measure(shape, args.device, 0.1, plain_torch=False) | {"sweep": sweep, "at": at})
-        print(f"{sweep:<8} {line(rows[-1])}", flush=True)
-    path = write("two_simplicial_attention", args.device, rows, args.out)
-    print(path)
+    rows: list[dict] = []
+    try:
+        for shape in SHAPES[args.device][: 4 if args.quick else None]:
+            rows.append(measure(shape, args.device, 0.15 if args.report else 0.5))
+            print(line(rows[-1]), flush=True)
+        for sweep, at, shape in sweeps(args.device) if args.report else []:
+            rows.append(measure(shape, args.device, 0.1, plain_torch=False) | {"sweep": sweep, "at": at})
+            print(f"{sweep:<8} {line(rows[-1])}", flush=True)
+    finally:
+        path = write("two_simplicial_attention", args.device, rows, args.out)
+        print(path)
     if args.report:
         print(plot(path))
 
