@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import reference
 import torch
-from problem import assert_close_to_truth, assert_same_bits, draw, evaluate
+from problem import assert_close_to_truth, assert_same_bits, check, draw, evaluate
 from torch.profiler import ProfilerActivity, profile
 
 import simplex_ops
@@ -41,6 +41,14 @@ def test_choice_of_the_kernels(dtype, ratio, w, forward, backward):
     names = kernels_of(lambda: evaluate(op, problem))
     assert ("two_simplicial_fwd_scaled" in names) == forward
     assert ("two_simplicial_bwd_dkv_scaled" in names) == backward
+
+
+@pytest.mark.parametrize(("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33))])
+@pytest.mark.parametrize("dim", [40, 64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients(dtype, dim, ratio, w):
+    problem = draw(batch=1, n_k=150, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    check(op, problem)
 
 
 def forward_reference(problem, dtype):

@@ -68,7 +68,9 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
     _as_pairs(qg_smem).index(2 + warpgroup).store(gl.load(g_ptrs, mask=mask, other=0))
     fence_async_shared()
     gl.barrier()
-    q = qg_smem.index(warpgroup).load(gl.DotOperandLayout(0, s_mma, 2))
+    q = qg_smem.index(warpgroup)
+    if HEAD_DIM > 64:  # at 64 ptxas (12.9, 13.4) lets dS overwrite a q in registers: wrong from the second step on
+        q = q.load(gl.DotOperandLayout(0, s_mma, 2))
     grad_out = qg_smem.index(2 + warpgroup)
 
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_mma))
