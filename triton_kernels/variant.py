@@ -47,5 +47,8 @@ class Variant:
                 spelled, _, divisibility = p.annotation.partition(":")
                 if "dtype" in spelled:
                     spelled = spelled.replace("dtype", DTYPES[self.key["dtype"]])
+                if spelled.startswith("tensordesc"):  # its box is spelled with the constants
+                    for constant, value in self.constants().items():
+                        spelled = spelled.replace(constant, str(value))
                 rows.append((p.name, spelled, int(divisibility or 1)))
         return rows
