@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from triton_kernels.scaled_tiles import (
+    LOG2E,
     ROWS,
     _advance,
     _as_pairs,
@@ -34,7 +35,6 @@ from triton_kernels.scaled_tiles import (
     _pairs,
     _row_ptrs,
     _skip,
-    _to_exponent,
 )
 from triton_kernels.variant import Variant
 
@@ -151,7 +151,7 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
     all_until = (own_n - past + window) * group
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
     d_ok = d < head_dim
-    to_exponent = _to_exponent(scale)
+    to_exponent = scale * LOG2E
     zero_s = gl.full([ROWS, ROWS], 0.0, gl.float32, s_mma)
     statistics = stream.statistics.reinterpret(gl.float32, [stream.statistics.shape[0], ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     stage = gl.to_tensor(0)
