@@ -90,6 +90,10 @@ class Ring:
     def advance(self, stage, phase):
         return _advance(self.full, stage, phase)
 
+    @gluon.jit
+    def skip(self, count, stage, phase):
+        return _skip(self.full, self.empty, count, stage, phase)
+
 
 @gluon.jit
 def _new_ring(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):

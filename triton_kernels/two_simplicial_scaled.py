@@ -35,7 +35,6 @@ from triton_kernels.scaled_tiles import (
     _over_columns,
     _own_steps,
     _scale_tiles,
-    _skip,
     _store,
     _weights,
 )
@@ -57,7 +56,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
         own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
         for tile in range(num_tiles):
-            stage, phase = _skip(ring.full, ring.empty, own_first, stage, phase)
+            stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
             a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
             at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a)
@@ -97,7 +96,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                 o_next = warpgroup_mma(p, ring.v.index(v_stage), o, is_async=True)
                 o = warpgroup_mma_wait(0, deps=(o_next,))
                 mbarrier.arrive(ring.empty.index(v_stage))
-            stage, phase = _skip(ring.full, ring.empty, num_b - own_first - own_num, stage, phase)
+            stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
     return o, gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, s_mma)), ref, stage, phase
 
 

@@ -53,6 +53,10 @@ class Stream:
     def advance(self, stage, phase):
         return _advance(self.full, stage, phase)
 
+    @gluon.jit
+    def skip(self, count, stage, phase):
+        return _skip(self.full, self.empty, count, stage, phase)
+
 
 @gluon.jit
 def _rows_of(j, first_n, last_n, num_keys, past, group, w_long, w_short):
@@ -179,7 +183,7 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
         first, end = _rows_of(j, first_n, last_n, num_keys, past, group, w_long, w_short)
         own_first = gl.minimum(gl.maximum(own_from - first, 0), end - first) // ROWS
         own_num = gl.maximum(gl.cdiv(gl.minimum(own_until, end) - first, ROWS) - own_first, 0)
-        stage, phase = _skip(stream.full, stream.empty, own_first, stage, phase)
+        stage, phase = stream.skip(own_first, stage, phase)
         if own_num > 0:
             mbarrier.wait(stream.full.index(stage), phase)
             s = warpgroup_mma(k_scaled, stream.q.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
@@ -214,7 +218,7 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
                 s, grad_k, grad_v = warpgroup_mma_wait(0, deps=(s_next, grad_k_next, grad_v_next))
                 mbarrier.arrive(stream.empty.index(stage))
                 stage, phase = next_stage, next_phase
-        stage, phase = _skip(stream.full, stream.empty, gl.cdiv(end - first, ROWS) - own_first - own_num, stage, phase)
+        stage, phase = stream.skip(gl.cdiv(end - first, ROWS) - own_first - own_num, stage, phase)
 
         if (own_num > 0) | (j == first_j):
             gl.barrier()  # all warps are done with the scaled tiles

@@ -29,7 +29,6 @@ from triton_kernels.scaled_tiles import (
     _row_ptrs,
     _scale_tiles,
     _sees_one_pair,
-    _skip,
 )
 from triton_kernels.variant import Variant
 
@@ -103,7 +102,7 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
         own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
         for tile in range(num_tiles):
-            stage, phase = _skip(ring.full, ring.empty, own_first, stage, phase)
+            stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
             a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
             at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a) | one_pair
@@ -118,7 +117,7 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
                 grad_q = warpgroup_mma_wait(0, deps=(grad_q_next,))
                 mbarrier.arrive(ring.empty.index(stage))
                 stage, phase = ring.advance(stage, phase)
-            stage, phase = _skip(ring.full, ring.empty, num_b - own_first - own_num, stage, phase)
+            stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
     gl.store(grad_q_ptr + out_offsets, (grad_q * scale).to(dtype), mask=out_mask)
 
 
