@@ -117,8 +117,8 @@ def _add_long(desc, staging, gradient, short_row, is_first, first_row):
 
 @gluon.jit
 def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc,
-                   first_part, part_ks_ptr, part_vs_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn, first_j, end_j, first_n, last_n, num_keys,
-                   past, group, head_dim, w_long, w_short, scale, HEAD_DIM: gl.constexpr):  # fmt: skip
+                   first_part, part_ks_ptr, part_vs_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn, first_j, end_j, first_n, last_n,
+                   num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: its 64 long keys' gradients, and what they give to the short keys'."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
