@@ -159,6 +159,7 @@ class Args {
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
+constexpr int64_t kL2Bytes = 32 << 20;  // what programs may count on at a time, of 50 MB on Hopper
 
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
@@ -255,18 +256,20 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
-  const int64_t span = std::min(short_rows, p.Nk);
-  // A share of short keys: a number of blocks, for the sake of the L2 cache, unless more programs are needed than that.
-  int64_t share = block_n;
-  while (share < span) share *= 2;
+  // Each program takes a share of the short keys: many enough for all multiprocessors, or where the rows that programs
+  // read at a time would not fit the L2 cache, as many as two blocks have keys, so that neighbours read the same ones.
+  const int64_t span = std::min(short_rows, p.Nk), rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
-  while (share > 1 && blocks * splits_of(share) * heads < kPrograms / 2) share /= 2;
+  int64_t share = 2 * block_n;
+  while (share < span) share *= 2;
+  while (share > 2 && (blocks * splits_of(share) * heads < kPrograms / 2 ||
+                       (share > 2 * block_n && rows_bytes > kL2Bytes / kPrograms * 8)))
+    share /= 2;
   const int64_t splits = splits_of(share);
-  const int64_t long_rows = heads * blocks * splits * block_n;
+  const int64_t long_rows = heads * blocks * splits * 2 * block_n;  // each of two warpgroups leaves its own
   const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);
-  Tensor part_ks = partial_sums(l, heads * blocks, short_rows), part_vs = partial_sums(l, heads * blocks, short_rows);
-  torch::stable::zero_(part_ks);
-  torch::stable::zero_(part_vs);
+  const Tensor part_ks = partial_sums(l, heads * blocks, short_rows),
+               part_vs = partial_sums(l, heads * blocks, short_rows);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits),
          Args(l)
              .descriptor("q_desc", four_dimensional(p.q))
@@ -284,7 +287,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
              .sizes()
              .integer("num_splits", splits)
              .integer("share", share));
-  add_splits(l, grad, part_k, part_v, splits, block_n);
+  add_splits(l, grad, part_k, part_v, 2 * splits, block_n);
   merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, block_n, short_rows, l.axes.w_long - 1);
 }
 
