@@ -426,6 +426,12 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
             two_simplicial_bwd_dq: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 4, 1),
             two_simplicial_bwd_dkv: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 8, 1),
         }
+    elif head_dim == 256 and arch == "sm90a":
+        tiles = {
+            two_simplicial_fwd: (64, 128, 8, 1),
+            two_simplicial_bwd_dq: (64, 32, 8, 1) if share > 1 else (16, 32, 8, 1),
+            two_simplicial_bwd_dkv: (64, 64, 8, 1),
+        }
     elif head_dim == 256:
         tiles = {
             two_simplicial_fwd: (32, 64, 8 if mma_sync else 4, 1),
@@ -448,8 +454,10 @@ def _variants() -> list[Variant]:
     ):
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
         shares = [1]
-        if dtype != "fp32" and head_dim in (64, 128):
-            shares = [1, 8, 64] if arch == "sm90a" else [1, 64]  # where 8 was measured to pay
+        if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
+            shares = [1, 8, 64]  # as measured to pay
+        elif dtype != "fp32" and head_dim in (64, 128):
+            shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
             table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
         # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
