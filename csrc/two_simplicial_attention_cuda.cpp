@@ -72,7 +72,7 @@ struct Launch {
   // short keys that any of its 64 rows sees: no waste where they are of one token, but where their tokens are many next
   // to the window, more than is gained. The backward pass has work to do once per short key, which many rows must
   // share, and leaves partial sums of the short gradients for each block of long keys, at most as large as all
-  // arguments.
+  // arguments and gradients (those of the long gradients are not larger).
   const Kernel* scaled_forward() const {
     // fp16 shows that S is rounded elsewhere if only one of the two passes scales the tiles.
     if (p.dtype == ScalarType::Half && !scales_backward()) return nullptr;
@@ -159,7 +159,8 @@ class Args {
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
-constexpr int64_t kL2Bytes = 32 << 20;  // what programs may count on at a time, of 50 MB on Hopper
+// On Hopper: programs that run at a time, one on a multiprocessor, and what they may count on of an L2 cache of 50 MB.
+constexpr int64_t kResident = 128, kL2Bytes = 32 << 20;
 
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
@@ -256,15 +257,18 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
-  // Each program takes a share of the short keys: many enough for all multiprocessors, or where the rows that programs
-  // read at a time would not fit the L2 cache, as many as two blocks have keys, so that neighbours read the same ones.
+  // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
+  // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
+  // same rows.
   const int64_t span = std::min(short_rows, p.Nk), rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
+  const auto too_large = [&](int64_t share) {
+    const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
+    return share > 2 && (thrashes || blocks * splits_of(share) * heads < 4 * kResident);
+  };
   int64_t share = 2 * block_n;
   while (share < span) share *= 2;
-  while (share > 2 && (blocks * splits_of(share) * heads < kPrograms / 2 ||
-                       (share > 2 * block_n && rows_bytes > kL2Bytes / kPrograms * 8)))
-    share /= 2;
+  while (too_large(share)) share /= 2;
   const int64_t splits = splits_of(share);
   const int64_t long_rows = heads * blocks * splits * 2 * block_n;  // each of two warpgroups leaves its own
   const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);

@@ -252,7 +252,9 @@ def two_simplicial_bwd_dkv_scaled(
     num_blocks = gl.cdiv(num_keys, BLOCK_N)
     # Programs that run at the same time walk the same short keys where a share is a number of blocks: their rows are then
     # in the L2 cache once.
-    split = gl.program_id(0) % num_splits
+    # The middle shares first, then outwards: those at the ends have fewer rows.
+    rank = gl.program_id(0) % num_splits
+    split = num_splits // 2 + gl.where(rank % 2 == 1, -((rank + 1) // 2), rank // 2)
     block = (gl.program_id(0) // num_splits + split * (num_blocks - share // BLOCK_N % num_blocks)) % num_blocks
     batch_head = gl.program_id(0) // num_splits // num_blocks
     batch = (batch_head // kv_heads).to(gl.int64)
