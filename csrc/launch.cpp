@@ -336,7 +336,6 @@ void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned,
   }
 
   const Driver& cu = driver();
-  CurrentContext context(cu, kernel, device);  // before pack(): cuTensorMapEncodeTiled wants one too
   PackedParams packed;
   CurrentContext context(cu, kernel, device);  // before pack(): a tensor map is encoded in a context, too
   pack(cu, kernel, args, packed);

@@ -190,8 +190,8 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
 
 @gluon.jit
 def two_simplicial_bwd_dq_skewed(
-    q_ptr: "*dtype:16", k_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM],NVMMASharedLayout(128,16,4)>",
-    v_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM],NVMMASharedLayout(128,16,4)>", k_short_ptr: "*dtype:16",
+    q_ptr: "*dtype:16", k_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM]>",
+    v_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM]>", k_short_ptr: "*dtype:16",
     v_short_ptr: "*dtype:16",
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", grad_lse_ptr: "*fp32:16",
     grad_q_ptr: "*dtype:16", delta_ptr: "*fp32:16", part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16",
