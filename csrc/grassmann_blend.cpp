@@ -1,9 +1,10 @@
 // The gate of Grassmann mixing. simplex_ops/grassmann_blend.py has the equation.
+#include "grassmann_blend.h"
+
 #include <cmath>
 
 #include "elements.h"
 #include "kernel.h"
-#include "op.h"
 
 namespace simplex {
 namespace {
@@ -45,15 +46,14 @@ void forward_cpu(const Tensor& h, const Tensor& g, const Tensor& logits, Tensor&
   });
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
 template <class In>
-void backward_cpu(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits, Gradients& grads) {
+void backward_cpu(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits,
+                  const BlendGradients& grads) {
   using W = Wide<In>;
   const In* __restrict const from_h = elements<In>(h), * __restrict const from_g = elements<In>(g);
   const In* __restrict const logit = elements<In>(logits);
   const In* __restrict const grad = elements<In>(grad_out);
-  auto& [grad_h, grad_g, grad_logits] = grads;
+  const auto& [grad_h, grad_g, grad_logits] = grads;
   In* __restrict const to_h = mutable_elements<In>(grad_h), * __restrict const to_g = mutable_elements<In>(grad_g);
   In* __restrict const to_logits = mutable_elements<In>(grad_logits);
   for_each_element(h.numel(), [=](int64_t i) {
@@ -79,48 +79,59 @@ void run_cuda(const KernelFamily& family, const Tensor& h, std::initializer_list
   launch(kernel, device, current_cuda_stream(device), {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
 }
 
-// ---- The op
-
 Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
-Tensor grassmann_blend(const Tensor& h, const Tensor& g, const Tensor& logits) {
-  check("grassmann_blend", h, g, logits);
-  const Tensor h_ = packed(h), g_ = packed(g), logits_ = packed(logits);
+}  // namespace
+
+Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits) {
   Tensor out = like(h);
   if (out.numel() == 0) return out;
   if (h.is_cpu()) {
-    dispatch_floating(h, [&](auto element) { forward_cpu<decltype(element)>(h_, g_, logits_, out); });
+    dispatch_floating(h, [&](auto element) { forward_cpu<decltype(element)>(h, g, logits, out); });
   } else {
-    run_cuda(kForward, h_,
-             {{"h_ptr", h_.const_data_ptr()},
-              {"g_ptr", g_.const_data_ptr()},
-              {"logits_ptr", logits_.const_data_ptr()},
+    run_cuda(kForward, h,
+             {{"h_ptr", h.const_data_ptr()},
+              {"g_ptr", g.const_data_ptr()},
+              {"logits_ptr", logits.const_data_ptr()},
               {"out_ptr", out.const_data_ptr()}});
   }
   return out;
 }
 
-Gradients grassmann_blend_backward(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits) {
-  constexpr const char* op = "grassmann_blend_backward";
-  check(op, h, g, logits);
-  expect_shape_of(op, "grad_out", grad_out, "h", h);
-  expect_like(op, "grad_out", grad_out, "h", h);
-  const Tensor grad = packed(grad_out), h_ = packed(h), g_ = packed(g), logits_ = packed(logits);
-  Gradients grads{like(h), like(h), like(h)};
+BlendGradients blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits) {
+  BlendGradients grads{like(h), like(h), like(h)};
   if (h.numel() == 0) return grads;
   if (h.is_cpu()) {
-    dispatch_floating(h, [&](auto element) { backward_cpu<decltype(element)>(grad, h_, g_, logits_, grads); });
+    dispatch_floating(h, [&](auto element) { backward_cpu<decltype(element)>(grad_out, h, g, logits, grads); });
   } else {
-    run_cuda(kBackward, h_,
-             {{"grad_out_ptr", grad.const_data_ptr()},
-              {"h_ptr", h_.const_data_ptr()},
-              {"g_ptr", g_.const_data_ptr()},
-              {"logits_ptr", logits_.const_data_ptr()},
+    run_cuda(kBackward, h,
+             {{"grad_out_ptr", grad_out.const_data_ptr()},
+              {"h_ptr", h.const_data_ptr()},
+              {"g_ptr", g.const_data_ptr()},
+              {"logits_ptr", logits.const_data_ptr()},
               {"grad_h_ptr", std::get<0>(grads).const_data_ptr()},
               {"grad_g_ptr", std::get<1>(grads).const_data_ptr()},
               {"grad_logits_ptr", std::get<2>(grads).const_data_ptr()}});
   }
   return grads;
+}
+
+// ---- The op
+
+namespace {
+
+Tensor grassmann_blend(const Tensor& h, const Tensor& g, const Tensor& logits) {
+  check("grassmann_blend", h, g, logits);
+  return blended(packed(h), packed(g), packed(logits));
+}
+
+BlendGradients grassmann_blend_backward(const Tensor& grad_out, const Tensor& h, const Tensor& g,
+                                        const Tensor& logits) {
+  constexpr const char* op = "grassmann_blend_backward";
+  check(op, h, g, logits);
+  expect_shape_of(op, "grad_out", grad_out, "h", h);
+  expect_like(op, "grad_out", grad_out, "h", h);
+  return blend_gradients(packed(grad_out), packed(h), packed(g), packed(logits));
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ CHUNKS = [[1] * 40, [40], [5, 1, 1, 20, 1, 12], [6, 1, 7, 1, 25]]
 
 
 def explicit(layer, x, **options):
-    z = F.linear(x, layer.reduce.weight, layer.reduce.bias)
-    g = reference.grassmann_mix(z, layer.expand.weight, layer.expand.bias, layer.offsets, **options)
-    y = reference.grassmann_blend(x, g, x @ layer.gate_x.weight.T + g @ layer.gate_g.weight.T + layer.gate_g.bias)
+    gates = layer.gate_x.weight, layer.gate_g.weight, layer.gate_g.bias
+    weights = layer.reduce.weight, layer.reduce.bias, layer.expand.weight, layer.expand.bias, *gates
+    y = reference.grassmann_layer(x, *weights, layer.offsets, **options)
     return y @ layer.out.weight.T + layer.out.bias if isinstance(layer.out, nn.Linear) else y
 
 

@@ -1,0 +1,14 @@
+// The gate of Grassmann mixing, on packed() tensors of one shape. simplex_ops/grassmann_blend.py has the equation.
+#pragma once
+
+#include "op.h"
+
+namespace simplex {
+
+Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits);
+
+// With respect to h, g and the logits.
+using BlendGradients = std::tuple<Tensor, Tensor, Tensor>;
+BlendGradients blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits);
+
+}  // namespace simplex

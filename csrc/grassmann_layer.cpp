@@ -1,0 +1,132 @@
+// A whole layer of Grassmann mixing. simplex_ops/grassmann_layer.py has the equation.
+//
+// One op, so that what the parts of the layer owe x and g is added inside the matrix products, not in passes of its
+// own.
+#include "grassmann_blend.h"
+#include "grassmann_mix.h"
+#include "products.h"
+
+namespace simplex {
+namespace {
+
+struct Weights {
+  const Tensor &reduce, &expand, &gate_x, &gate_g;
+};
+
+// The fakes (simplex_ops/grassmann_layer.py) check the same in the same words; checked_grassmann_mix does the rest.
+void check(const char* op, const Tensor& x, const Weights& w) {
+  SIMPLEX_EXPECT(x.dim() == 3, op, "x to be 3-dimensional [batch, length, dim], got ", x.dim(), " dimensions");
+  expect_floating(op, "x", x);
+  SIMPLEX_EXPECT(w.reduce.dim() == 2, op, "reduce_weight to be 2-dimensional [r, dim], got ", w.reduce.dim(),
+                 " dimensions");
+  const int64_t dim = x.size(2), r = w.reduce.size(0);
+  expect_sizes(op, "reduce_weight", w.reduce, {r, dim}, "its own r, dim of x");
+  expect_sizes(op, "expand_weight", w.expand, {dim, r * (r - 1) / 2}, "dim of x, r * (r - 1) / 2");
+  expect_sizes(op, "gate_x_weight", w.gate_x, {dim, dim}, "dim of x twice");
+  expect_sizes(op, "gate_g_weight", w.gate_g, {dim, dim}, "dim of x twice");
+  for (const auto& [name, t] : {std::pair{"reduce_weight", &w.reduce},
+                                {"expand_weight", &w.expand},
+                                {"gate_x_weight", &w.gate_x},
+                                {"gate_g_weight", &w.gate_g}}) {
+    expect_like(op, name, *t, "x", x);
+  }
+}
+
+void check_vector(const char* op, const char* name, const Tensor& t, int64_t size, const char* origin,
+                  const Tensor& x) {
+  expect_sizes(op, name, t, {size}, origin);
+  expect_like(op, name, t, "x", x);
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
+                        const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& gate_x_weight,
+                        const Tensor& gate_g_weight, const Tensor& gate_bias, const std::vector<int64_t>& offsets,
+                        const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens) {
+  constexpr const char* op = "grassmann_layer";
+  check(op, x, {reduce_weight, expand_weight, gate_x_weight, gate_g_weight});
+  const int64_t dim = x.size(2), tokens = x.size(0) * x.size(1);
+  check_vector(op, "reduce_bias", reduce_bias, reduce_weight.size(0), "r of reduce_weight", x);
+  check_vector(op, "expand_bias", expand_bias, dim, "dim of x", x);
+  check_vector(op, "gate_bias", gate_bias, dim, "dim of x", x);
+  const Tensor rows = packed(x);
+  const Tensor z = linear(rows, reduce_weight, reduce_bias);
+  const auto [p, d] = checked_grassmann_mix(op, z, expand_weight, expand_bias, offsets, valid, cu_seqlens);
+  const Tensor g = mixed(p, expand_weight, expand_bias, false);
+  const Tensor logits = linear(g, gate_g_weight, gate_bias);
+  multiply_add(flat(rows, tokens), transposed(gate_x_weight), flat(logits, tokens));
+  return {blended(rows, g, logits), z, g, logits};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients grassmann_layer_backward(const Tensor& grad_out, const Tensor& x, const Tensor& reduce_weight,
+                                   const Tensor& expand_weight, const Tensor& gate_x_weight,
+                                   const Tensor& gate_g_weight, const Tensor& z, const Tensor& g, const Tensor& logits,
+                                   const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                                   const std::optional<Tensor>& cu_seqlens) {
+  constexpr const char* op = "grassmann_layer_backward";
+  check(op, x, {reduce_weight, expand_weight, gate_x_weight, gate_g_weight});
+  const auto [p, d] = checked_grassmann_mix(op, z, expand_weight, std::nullopt, offsets, valid, cu_seqlens);
+  expect_sizes(op, "z", z, {x.size(0), x.size(1), reduce_weight.size(0)}, "batch and length of x, r of reduce_weight");
+  expect_like(op, "z", z, "x", x);
+  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"g", &g}, {"logits", &logits}}) {
+    expect_shape_of(op, name, *t, "x", x);
+    expect_like(op, name, *t, "x", x);
+  }
+  const int64_t tokens = p.tokens();
+  const Tensor rows = packed(x), mixed_rows = packed(g), all = empty_like_device(x, {tokens, 1}, p.dtype);
+  Tensor ones = all;
+  torch::stable::fill_(ones, 1.0);
+  const auto sum_to = [&](const Tensor& of, const Tensor& to) {  // a product is faster than torch's sum
+    multiply(transposed(of), ones, torch::stable::view(to, {to.size(0), 1}));
+  };
+  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
+
+  const auto [grad_x, grad_g, grad_logits] = blend_gradients(packed(grad_out), rows, mixed_rows, packed(logits));
+  const Tensor to_x = flat(grad_x, tokens), of_logits = flat(grad_logits, tokens);
+  const Tensor grad_gate_x = like(gate_x_weight), grad_gate_g = like(gate_g_weight);
+  const Tensor grad_gate_bias = empty_like_device(x, {d}, p.dtype);
+  multiply(transposed(of_logits), flat(rows, tokens), grad_gate_x);
+  multiply(transposed(of_logits), flat(mixed_rows, tokens), grad_gate_g);
+  sum_to(of_logits, grad_gate_bias);
+  multiply_add(of_logits, gate_x_weight, to_x);
+  multiply_add(of_logits, gate_g_weight, flat(grad_g, tokens));
+
+  const auto [grad_z, grad_expand, grad_expand_bias] = mix_gradients(p, grad_g, expand_weight, false);
+  const Tensor of_z = flat(grad_z, tokens);
+  const Tensor grad_reduce = like(reduce_weight), grad_reduce_bias = empty_like_device(x, {p.r}, p.dtype);
+  multiply(transposed(of_z), flat(rows, tokens), grad_reduce);
+  sum_to(of_z, grad_reduce_bias);
+  multiply_add(of_z, reduce_weight, to_x);
+  return {grad_x,           grad_reduce, grad_reduce_bias, grad_expand,
+          grad_expand_bias, grad_gate_x, grad_gate_g,      grad_gate_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
+  m.def(
+      "grassmann_layer(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias, "
+      "Tensor gate_x_weight, Tensor gate_g_weight, Tensor gate_bias, int[] offsets, Tensor? valid=None, "
+      "Tensor? cu_seqlens=None) -> (Tensor out, Tensor z, Tensor g, Tensor logits)");
+  m.def(
+      "grassmann_layer_backward(Tensor grad_out, Tensor x, Tensor reduce_weight, Tensor expand_weight, "
+      "Tensor gate_x_weight, Tensor gate_g_weight, Tensor z, Tensor g, Tensor logits, int[] offsets, "
+      "Tensor? valid=None, Tensor? cu_seqlens=None) -> (Tensor grad_x, Tensor grad_reduce_weight, "
+      "Tensor grad_reduce_bias, Tensor grad_expand_weight, Tensor grad_expand_bias, Tensor grad_gate_x_weight, "
+      "Tensor grad_gate_g_weight, Tensor grad_gate_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
+  m.impl("grassmann_layer", TORCH_BOX(&grassmann_layer));
+  m.impl("grassmann_layer_backward", TORCH_BOX(&grassmann_layer_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
+  m.impl("grassmann_layer", TORCH_BOX(&grassmann_layer));
+  m.impl("grassmann_layer_backward", TORCH_BOX(&grassmann_layer_backward));
+}
+
+}  // namespace simplex
