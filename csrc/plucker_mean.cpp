@@ -63,7 +63,7 @@ namespace {
 const KernelFamily kOffsets("plucker_mean_offsets", {});
 const KernelFamily kFrame("plucker_mean_frame", {"dtype", "HEAD_DIM"});
 const KernelFamily kForward("plucker_mean_fwd", {"dtype"});
-const KernelFamily kBackwardFrame("plucker_mean_bwd_frame", {"dtype"});
+const KernelFamily kBackwardFrame("plucker_mean_bwd_frame", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardToken("plucker_mean_bwd_token", {"dtype", "HEAD_DIM"});
 
 // So many offsets are arguments of the kernels.
@@ -87,8 +87,7 @@ class Launch {
 
   // A kernel that pairs tokens.
   void pairs(const KernelFamily& family, const PluckerFrames& frames, std::initializer_list<Arg> own) const {
-    const Kernel& kernel = family.find(device_, {dtype_, width_ <= 32 ? 32 : width_ <= 64 ? 64 : kMaxRank});
-    const int64_t block = kernel["BLOCK_T"];
+    const Kernel& kernel = family.find(device_, {dtype_, head_dim()});
     int32_t o[kFewOffsets] = {};
     if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
     std::vector<Arg> args = {{"z_ptr", frames.z.const_data_ptr()},
@@ -105,16 +104,14 @@ class Launch {
                              {"has_valid", as_i32(p_.valid.has_value())},
                              {"num_sequences", as_i32(p_.sequences())},
                              {"search_steps", search_steps()}});
-    const auto blocks = static_cast<unsigned>((p_.outputs() + block - 1) / block);
-    launch(kernel, device_, stream_, {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
+    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), 1, 1};
+    launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
 
-  // A kernel that has the planes of a token at a time.
-  void planes(const KernelFamily& family, const PluckerFrames& frames, const Arg& first, const Arg& second) const {
-    const Kernel& kernel = family.find(device_, {dtype_});
-    const int64_t tokens = kernel["BLOCK_T"], columns = kernel["BLOCK_R"];
-    const std::array<unsigned, 3> grid = {static_cast<unsigned>((p_.outputs() + tokens - 1) / tokens),
-                                          static_cast<unsigned>((p_.r + columns - 1) / columns), 1};
+  // A kernel of the planes: a program has `part` of the `whole` of each of its tokens.
+  void planes(const Kernel& kernel, const PluckerFrames& frames, int64_t whole, int64_t part, const Arg& first,
+              const Arg& second) const {
+    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), blocks(whole, part), 1};
     launch(kernel, device_, stream_, grid,
            {{"frame_ptr", frames.frame->const_data_ptr()},
             {"count_ptr", frames.count->const_data_ptr()},
@@ -123,6 +120,18 @@ class Launch {
             {"num_tokens", as_i32(p_.outputs())},
             {"r", as_i32(p_.r)},
             {"width", width_}});
+  }
+
+  void forward(const PluckerFrames& frames, Tensor& pbar, Tensor& seen) const {
+    const Kernel& kernel = kForward.find(device_, {dtype_});
+    planes(kernel, frames, p_.planes(), kernel["BLOCK_P"], {"pbar_ptr", pbar.const_data_ptr()},
+           {"seen_ptr", seen.const_data_ptr()});
+  }
+
+  void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
+    const Kernel& kernel = kBackwardFrame.find(device_, {dtype_, head_dim()});
+    planes(kernel, frames, p_.r, kernel["BLOCK_R"], {"grad_pbar_ptr", grad_pbar.const_data_ptr()},
+           {"turn_ptr", turn.const_data_ptr()});
   }
 
   // As arguments of a kernel: a copy from the CPU could not be captured in a CUDA graph, and would wait for the GPU.
@@ -142,6 +151,10 @@ class Launch {
 
  private:
   static constexpr const char* kOffsetNames[kFewOffsets] = {"o0", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
+
+  static unsigned blocks(int64_t whole, int64_t part) { return static_cast<unsigned>((whole + part - 1) / part); }
+
+  int64_t head_dim() const { return width_ <= 32 ? 32 : width_ <= 64 ? 64 : kMaxRank; }
 
   // Of the bisection that finds a token's sequence.
   int32_t search_steps() const {
@@ -170,8 +183,7 @@ Tensor padded(const PluckerMean& p) {
 void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
   const Launch launch(p);
   const Tensor turn = empty_like_device(p.z, {p.B, p.L, 2, padded_rank(p)}, ScalarType::Float);
-  launch.planes(kBackwardFrame, frames, {"grad_pbar_ptr", grad_pbar.const_data_ptr()},
-                {"turn_ptr", turn.const_data_ptr()});
+  launch.backward(frames, grad_pbar, turn);
   const bool exact = padded_rank(p) == p.r;
   const Tensor wide = exact ? grad_z : empty_like_device(p.z, {p.B, p.L, padded_rank(p)}, p.dtype);
   launch.pairs(kBackwardToken, frames, {{"turn_ptr", turn.const_data_ptr()}, {"grad_z_ptr", wide.const_data_ptr()}});
@@ -196,7 +208,7 @@ void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames, Ten
   if (p.z.is_cpu()) {
     plucker_mean_forward_cpu(p, pbar, seen);
   } else {
-    Launch(p).planes(kForward, frames, {"pbar_ptr", pbar.const_data_ptr()}, {"seen_ptr", seen.const_data_ptr()});
+    Launch(p).forward(frames, pbar, seen);
   }
 }
 

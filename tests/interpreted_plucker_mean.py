@@ -33,20 +33,17 @@ def run(problem, head_dim, block, history):
         offsets_ptr=offsets, num_tokens=outputs, length=length, width=width, num_offsets=len(kept),
         has_valid=int(valid is not None), frame_ptr=frame, HEAD_DIM=head_dim, BLOCK_T=block,
     )  # fmt: skip
-    columns = min(head_dim, 16)  # several tiles of planes where head_dim is larger
-    planes = dict(
-        frame_ptr=frame, count_ptr=count, num_tokens=outputs, r=r, width=width, BLOCK_T=block, BLOCK_R=columns
-    )  # fmt: skip
+    planes = dict(frame_ptr=frame, count_ptr=count, num_tokens=outputs, r=r, width=width, BLOCK_T=block)
     grid = (-(-outputs // block),)
-    triangle = (*grid, -(-r // columns))
     kernels.plucker_mean_frame[grid](count_ptr=count, history=history, **pairs)
     pbar = nan(batch, length - history, r * (r - 1) // 2, dtype=z.dtype)
     seen = nan(batch, length - history, dtype=z.dtype)
-    kernels.plucker_mean_fwd[triangle](pbar_ptr=pbar, seen_ptr=seen, **planes)
+    kernels.plucker_mean_fwd[(*grid, -(-pbar.shape[-1] // 64))](pbar_ptr=pbar, seen_ptr=seen, BLOCK_P=64, **planes)
     if history > 0:
         return pbar, seen, None
     turn, grad_z = nan(outputs, 2, width), nan(*z.shape, dtype=z.dtype)
-    kernels.plucker_mean_bwd_frame[triangle](grad_pbar_ptr=problem.grad, turn_ptr=turn, **planes)
+    of_planes = planes | {"HEAD_DIM": max(head_dim, 16), "BLOCK_R": 16}  # several tiles where HEAD_DIM is larger
+    kernels.plucker_mean_bwd_frame[(*grid, -(-r // 16))](grad_pbar_ptr=problem.grad, turn_ptr=turn, **of_planes)
     kernels.plucker_mean_bwd_token[grid](turn_ptr=turn, grad_z_ptr=grad_z, **pairs)
     return pbar, seen, grad_z[..., :r]
 

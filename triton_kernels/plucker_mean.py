@@ -144,74 +144,80 @@ def plucker_mean_frame(
 
 
 @triton.jit
-def _planes(ptr, token, mask, i, j, r):
-    """Pointers [BLOCK_T, BLOCK_R, BLOCK_R] to the coordinates (i, j), i < j, of packed rows, and their mask."""
-    i, j = i[:, None], j[None, :]
-    plane = i * r - i * (i + 1) // 2 + j - i - 1
-    row = ptr + token.to(tl.int64) * (r * (r - 1) // 2)
-    return row[:, None, None] + plane[None, :, :], mask[:, None, None] & ((i < j) & (j < r))[None, :, :]
-
-
-@triton.jit
-def _frame(ptr, token, mask, d, width):
-    """The columns d of u and Y."""
-    at = token.to(tl.int64)[:, None] * (2 * width) + d[None, :]
-    mask = mask[:, None] & (d < width)[None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0), tl.load(ptr + width + at, mask=mask, other=0.0)
-
-
-@triton.jit
 def plucker_mean_fwd(
     frame_ptr: "*fp32:16", count_ptr: "*fp32:16", pbar_ptr: "*dtype:16", seen_ptr: "*dtype:16",
     num_tokens: "i32", r: "i32", width: "i32:8",
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """pbar = u ^ Y, of which a program has BLOCK_R columns of the triangle i < j, and whether there is anything to it."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < num_tokens
-    columns = tl.program_id(1)
-    j = columns * BLOCK_R + tl.arange(0, BLOCK_R)
-    u_j, mean_j = _frame(frame_ptr, token, token_ok, j, width)
-    for rows in range(0, columns + 1):
-        i = rows * BLOCK_R + tl.arange(0, BLOCK_R)
-        u_i, mean_i = _frame(frame_ptr, token, token_ok, i, width)
-        pbar = u_i[:, :, None] * mean_j[:, None, :] - mean_i[:, :, None] * u_j[:, None, :]
-        to, mask = _planes(pbar_ptr, token, token_ok, i, j, r)
-        tl.store(to, pbar.to(pbar_ptr.dtype.element_ty), mask=mask)
-    if columns == 0:
-        count = tl.load(count_ptr + token, mask=token_ok, other=0.0)
-        tl.store(seen_ptr + token, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
+    """pbar = u ^ Y, of which a program has BLOCK_P elements, and whether there is anything to it.
+
+    Consecutive threads write consecutive elements: whole rows of the triangle i < j would share their 32 bytes of memory.
+    """
+    plane = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    planes = r * (r - 1) // 2
+    plane_ok = plane < planes
+    # The row i that starts at i (2 r - 1 - i) / 2 or before; the square root is rounded.
+    odd = 2 * r - 1
+    root = tl.sqrt(tl.maximum(odd * odd - 8 * plane, 0).to(tl.float32))
+    i = ((odd.to(tl.float32) - root) * 0.5).to(tl.int32)
+    i = tl.where(i * (odd - i) // 2 > plane, i - 1, i)
+    i = tl.where((i + 1) * (odd - i - 1) // 2 <= plane, i + 1, i)
+    j = plane - i * (odd - i) // 2 + i + 1
+    begin = tl.program_id(0) * BLOCK_T
+    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
+        token = begin.to(tl.int64) + step
+        u = frame_ptr + token * (2 * width)
+        mean = u + width
+        u_i, u_j = tl.load(u + i, mask=plane_ok, other=0.0), tl.load(u + j, mask=plane_ok, other=0.0)
+        mean_i, mean_j = tl.load(mean + i, mask=plane_ok, other=0.0), tl.load(mean + j, mask=plane_ok, other=0.0)
+        pbar = (u_i * mean_j - mean_i * u_j).to(pbar_ptr.dtype.element_ty)
+        tl.store(pbar_ptr + token * planes + plane, pbar, mask=plane_ok)
+    if tl.program_id(1) == 0:
+        tokens = begin + tl.arange(0, BLOCK_T)
+        count = tl.load(count_ptr + tokens, mask=tokens < num_tokens, other=0.0)
+        seen = tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty)
+        tl.store(seen_ptr + tokens, seen, mask=tokens < num_tokens)
 
 
 @triton.jit
 def plucker_mean_bwd_frame(
     frame_ptr: "*fp32:16", count_ptr: "*fp32:16", grad_pbar_ptr: "*dtype:16", turn_ptr: "*fp32:16",
     num_tokens: "i32", r: "i32", width: "i32:8",
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Om u / N and Om Y [2, width], with Om the antisymmetric matrix of the gradient of pbar: BLOCK_R of their elements."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < num_tokens
-    count = tl.load(count_ptr + token, mask=token_ok, other=0.0)
-    rows = tl.program_id(1)
+    rows = 0 if HEAD_DIM == BLOCK_R else tl.program_id(1)
     d = tl.arange(0, BLOCK_R)
-    h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    own = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for columns in range(0, (r + BLOCK_R - 1) // BLOCK_R):
-        low, high = tl.minimum(rows, columns) * BLOCK_R, tl.maximum(rows, columns) * BLOCK_R
-        at, mask = _planes(grad_pbar_ptr, token, count > 0, low + d, high + d, r)
-        upper = tl.load(at, mask=mask, other=0.0)
-        # A thread gets a row of the transposed tile, hence of om: the sums need no other thread.
-        om = tl.where(rows <= columns, upper.to(tl.float32), 0.0)
-        om -= tl.where(rows >= columns, tl.trans(upper, 0, 2, 1).to(tl.float32), 0.0)
-        u, mean = _frame(frame_ptr, token, token_ok, columns * BLOCK_R + d, width)
-        h += tl.sum(om * u[:, None, :], 2)
-        own += tl.sum(om * mean[:, None, :], 2)
     i = rows * BLOCK_R + d
-    at = token.to(tl.int64)[:, None] * (2 * width) + i[None, :]
-    mask = token_ok[:, None] & (i < width)[None, :]
-    tl.store(turn_ptr + at, h / tl.maximum(count, 1.0)[:, None], mask=mask)
-    tl.store(turn_ptr + width + at, own, mask=mask)
+    begin = tl.program_id(0) * BLOCK_T
+    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
+        token = begin.to(tl.int64) + step
+        count = tl.load(count_ptr + token)
+        frame = frame_ptr + token * (2 * width)
+        grad = grad_pbar_ptr + token * (r * (r - 1) // 2)
+        h = tl.zeros((BLOCK_R,), tl.float32)
+        own = tl.zeros((BLOCK_R,), tl.float32)
+        if count > 0:
+            for columns in range(0, HEAD_DIM // BLOCK_R):
+                # A tile of the triangle p < q.
+                p = (tl.minimum(rows, columns) * BLOCK_R + d)[:, None]
+                q = (tl.maximum(rows, columns) * BLOCK_R + d)[None, :]
+                plane = p * r - p * (p + 1) // 2 + q - p - 1
+                upper = tl.load(grad + plane, mask=(p < q) & (q < r), other=0.0)
+                # A thread gets a row of the transposed tile, hence of om: the sums need no other thread.
+                lower = tl.trans(upper).to(tl.float32)
+                if HEAD_DIM == BLOCK_R:
+                    om = upper.to(tl.float32) - lower
+                else:
+                    om = tl.where(rows <= columns, upper.to(tl.float32), 0.0) - tl.where(rows >= columns, lower, 0.0)
+                j = columns * BLOCK_R + d
+                u = tl.load(frame + j, mask=j < width, other=0.0)
+                mean = tl.load(frame + width + j, mask=j < width, other=0.0)
+                h += tl.sum(om * u[None, :], 1)
+                own += tl.sum(om * mean[None, :], 1)
+        turn = turn_ptr + token * (2 * width)
+        tl.store(turn + i, h / tl.maximum(count, 1.0), mask=i < width)
+        tl.store(turn + width + i, own, mask=i < width)
 
 
 @triton.jit
@@ -252,19 +258,21 @@ def plucker_mean_bwd_token(
 
 
 def _tile(kernel, head_dim: int) -> dict[str, int]:
-    return {"BLOCK_T": 1024 // head_dim, "num_warps": 4}
+    if kernel is plucker_mean_bwd_frame:
+        return {"BLOCK_T": 4, "BLOCK_R": 32, "num_warps": 1}
+    return {"BLOCK_T": 512 // head_dim, "num_warps": 2}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
 DTYPES = ("bf16", "fp16", "fp32")
 VARIANTS = [Variant(plucker_mean_offsets, arch, {}, {"num_warps": 1}) for arch in ARCHS]
 VARIANTS += [
-    Variant(kernel, arch, {"dtype": dtype}, {"BLOCK_T": 2, "BLOCK_R": 32, "num_warps": 1})
-    for arch, dtype, kernel in itertools.product(ARCHS, DTYPES, (plucker_mean_fwd, plucker_mean_bwd_frame))
+    Variant(plucker_mean_fwd, arch, {"dtype": dtype}, {"BLOCK_T": 16, "BLOCK_P": 512, "num_warps": 4})
+    for arch, dtype in itertools.product(ARCHS, DTYPES)
 ]
 VARIANTS += [
     Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(kernel, head_dim))
     for arch, dtype, head_dim, kernel in itertools.product(
-        ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_token)
+        ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_frame, plucker_mean_bwd_token)
     )
 ]
