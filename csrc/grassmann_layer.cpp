@@ -4,6 +4,7 @@
 // own.
 #include "grassmann_blend.h"
 #include "grassmann_mix.h"
+#include "kernel.h"
 #include "products.h"
 
 namespace simplex {
@@ -38,6 +39,35 @@ void check_vector(const char* op, const char* name, const Tensor& t, int64_t siz
   expect_like(op, name, t, "x", x);
 }
 
+const KernelFamily kGate("grassmann_layer_gate", {"dtype"});
+
+// The blend of x and g and its logits.
+std::pair<Tensor, Tensor> gated(const Tensor& x, const Tensor& g, const Weights& w, const Tensor& bias) {
+  const int64_t dim = x.size(2), tokens = x.size(0) * x.size(1);
+  const int device = x.is_cpu() ? 0 : x.get_device_index();
+  const Kernel* kernel = x.is_cpu() || tokens == 0 ? nullptr : kGate.find_if(device, {dtype_constant(x)});
+  if (!kernel || dim % (*kernel)["BLOCK_N"] != 0) {
+    const Tensor logits = linear(g, w.gate_g, bias);
+    multiply_add(flat(x, tokens), transposed(w.gate_x), flat(logits, tokens));
+    return {blended(x, g, logits), logits};
+  }
+  const Tensor w_x = packed(w.gate_x), w_g = packed(w.gate_g), b = packed(bias);
+  const Tensor logits = torch::stable::new_empty(x, x.sizes()), out = torch::stable::new_empty(x, x.sizes());
+  const int64_t rows = (*kernel)["BLOCK_M"], columns = (*kernel)["BLOCK_N"];
+  const auto blocks = static_cast<unsigned>((tokens + rows - 1) / rows * (dim / columns));
+  launch(*kernel, device, current_cuda_stream(device), {blocks, 1, 1},
+         {{"x_ptr", x.const_data_ptr()},
+          {"g_ptr", g.const_data_ptr()},
+          {"w_x_ptr", w_x.const_data_ptr()},
+          {"w_g_ptr", w_g.const_data_ptr()},
+          {"bias_ptr", b.const_data_ptr()},
+          {"out_ptr", out.const_data_ptr()},
+          {"logits_ptr", logits.const_data_ptr()},
+          {"num_tokens", static_cast<int32_t>(tokens)},
+          {"dim", static_cast<int32_t>(dim)}});
+  return {out, logits};
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias,
@@ -45,8 +75,9 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
                         const Tensor& gate_g_weight, const Tensor& gate_bias, const std::vector<int64_t>& offsets,
                         const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens) {
   constexpr const char* op = "grassmann_layer";
-  check(op, x, {reduce_weight, expand_weight, gate_x_weight, gate_g_weight});
-  const int64_t dim = x.size(2), tokens = x.size(0) * x.size(1);
+  const Weights weights{reduce_weight, expand_weight, gate_x_weight, gate_g_weight};
+  check(op, x, weights);
+  const int64_t dim = x.size(2);
   check_vector(op, "reduce_bias", reduce_bias, reduce_weight.size(0), "r of reduce_weight", x);
   check_vector(op, "expand_bias", expand_bias, dim, "dim of x", x);
   check_vector(op, "gate_bias", gate_bias, dim, "dim of x", x);
@@ -54,9 +85,8 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
   const Tensor z = linear(rows, reduce_weight, reduce_bias);
   const auto [p, d] = checked_grassmann_mix(op, z, expand_weight, expand_bias, offsets, valid, cu_seqlens);
   const Tensor g = mixed(p, expand_weight, expand_bias, false);
-  const Tensor logits = linear(g, gate_g_weight, gate_bias);
-  multiply_add(flat(rows, tokens), transposed(gate_x_weight), flat(logits, tokens));
-  return {blended(rows, g, logits), z, g, logits};
+  const auto [out, logits] = gated(rows, g, weights, gate_bias);
+  return {out, z, g, logits};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -54,7 +54,16 @@ def check(tensors, **options):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.__name__ not in ("heads_first", "fused")])
 def test_accuracy(device, layout):
     for dtype in DTYPES[device]:
-        for shape in ((2, 19, 24, 9), (1, 1, 8, 2), (3, 40, 64, 32), (0, 4, 8, 3), (2, 0, 8, 3), (1, 70, 16, 33)):
+        shapes = (
+            (2, 19, 24, 9),
+            (1, 1, 8, 2),
+            (3, 40, 64, 32),
+            (0, 4, 8, 3),
+            (2, 0, 8, 3),
+            (1, 70, 16, 33),
+            (1, 150, 128, 8),
+        )
+        for shape in shapes:
             check(draw(dtype, device, *shape, layout=layout))
 
 
@@ -166,6 +175,15 @@ def test_autocast(device):
     results = {"out": out} | {f"grad_{name}": x.grad for name, x in zip(NAMES, inputs, strict=True)}
     for name, x in results.items():
         assert (x.double() - truth[name]).norm() < 0.05 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("tokens", [5, 32, 41])
+def test_kernel_in_the_interpreter(tokens, interpreter):
+    """Whole tiles and a part of one, two tiles of columns."""
+    for output, error in interpreter(
+        "interpreted_grassmann_layer", dict(tokens=tokens, dim=64, block=32, dtype="float16")
+    ).items():
+        assert error < 1e-3, f"{output}: {error:.1e}"  # NaN fails too
 
 
 def test_flops():

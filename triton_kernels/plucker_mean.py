@@ -63,28 +63,35 @@ def _store_rows(ptr, token, width, mask, x, R: tl.constexpr):
 
 
 @triton.jit
-def _normalize(z):
-    """z / |z| and two factors of |z|, neither of which overflows; the second is 0 for a token of 0."""
+def _scale(z):
+    """z divided by its largest element, so that no square overflows, the element, and the length of what is left.
+
+    The length is 0 for a token of 0.
+    """
     largest = tl.max(tl.abs(z), 1)
     total = tl.sum(z, 1)
     zero = (largest < SMALLEST_NORMAL) & (total == total)  # a GPU's maximum passes over NaN: a token of NaN is not 0
-    largest = tl.where(zero, 1.0, largest)
-    x = tl.where(zero[:, None], 0.0, z * (1.0 / largest)[:, None])
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    return x * (1.0 / tl.where(zero, 1.0, norm))[:, None], largest, norm
+    x = z * tl.where(zero, 0.0, 1.0 / tl.where(zero, 1.0, largest))[:, None]
+    return x, tl.where(zero, 1.0, largest), tl.sqrt(tl.sum(x * x, 1))
 
 
 @triton.jit
-def _angle(u, v):
-    """Cosine and sine between the unit vectors u and v, and the unit vector normal to u in their plane (0: no plane)."""
+def _unit(x, norm):
+    return x * (1.0 / tl.where(norm == 0, 1.0, norm))[:, None]
+
+
+@triton.jit
+def _angle(u, v, norm):
+    """Cosine and 1 / sine between the unit vector u and v, of length `norm`, and a vector normal to u in their plane with
+    the factor that gives it length 1. Where there is no plane both factors are 0."""
     cosine = tl.sum(u * v, 1)
-    w = v - cosine[:, None] * u
+    w = tl.fma(-cosine[:, None], u, v)
     # Once more: where the angle is small the first subtraction leaves rounding errors along u.
-    w -= tl.sum(u * w, 1)[:, None] * u
-    sine = tl.sqrt(tl.sum(w * w, 1))
-    spans = ~(sine <= SMALLEST_SINE)  # true for NaN, which must not vanish
-    sine = tl.where(spans, sine, 1.0)
-    return cosine, sine, spans, tl.where(spans[:, None], w * (1.0 / sine)[:, None], 0.0)
+    w = tl.fma(-tl.sum(u * w, 1)[:, None], u, w)
+    length = tl.sqrt(tl.sum(w * w, 1))
+    spans = ~(length <= SMALLEST_SINE * norm)  # true for NaN, which must not vanish
+    factor = tl.where(spans, 1.0 / tl.where(spans, length, 1.0), 0.0)
+    return cosine, factor, w
 
 
 @triton.jit
@@ -126,7 +133,8 @@ def plucker_mean_frame(
     output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = output < num_tokens
     token = output + (output // (length - history) + 1) * history
-    u, _largest, _norm = _normalize(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    x, _largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    u = _unit(x, norm)
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean = tl.zeros_like(u)
@@ -134,9 +142,9 @@ def plucker_mean_frame(
     for k in range(0, num_offsets):
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
-        v, _largest, _norm = _normalize(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
-        _cosine, _sine, _spans, direction = _angle(u, v)
-        mean += direction  # 0 where the pair is not one: v is 0 there
+        v, _largest, norm = _scale(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
+        _cosine, factor, w = _angle(u, v, norm)
+        mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
         count += tl.where(pairs, 1.0, 0.0)
     _store_rows(frame_ptr, 2 * output, width, token_ok, u, HEAD_DIM)
     _store_rows(frame_ptr, 2 * output + 1, width, token_ok, mean / tl.maximum(count, 1.0)[:, None], HEAD_DIM)
@@ -232,7 +240,8 @@ def plucker_mean_bwd_token(
     """dz: what a token's own mean tells it, and what the later tokens of its pairs do."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = token < num_tokens
-    u, largest, norm = _normalize(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    x, largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    u = _unit(x, norm)
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     h = _rows(turn_ptr, 2 * token, width, token_ok, HEAD_DIM)
@@ -241,25 +250,27 @@ def plucker_mean_bwd_token(
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
         v = _rows(frame_ptr, 2 * (token - offset), width, pairs, HEAD_DIM)
-        cosine, sine, spans, direction = _angle(u, v)
-        beta = tl.sum(direction * h, 1)[:, None]
-        turn = beta * u + (cosine / sine)[:, None] * (h - beta * direction)
-        grad += tl.where((pairs & spans)[:, None], turn, 0.0)
+        cosine, factor, w = _angle(u, v, 1.0)
+        # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
+        beta = tl.sum(w * h, 1) * factor
+        cot = cosine * factor
+        grad = tl.fma(beta[:, None], u, grad)
+        grad = tl.fma(cot[:, None], tl.fma(-(beta * factor)[:, None], w, h), grad)
 
         pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
         v = _rows(frame_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
         share = _rows(turn_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
-        _cosine, sine, spans, direction = _angle(v, u)
-        beta = tl.sum(direction * share, 1)[:, None]
-        grad -= tl.where((pairs & spans)[:, None], (share - beta * direction) * (1.0 / sine)[:, None], 0.0)
+        _cosine, factor, w = _angle(v, u, 1.0)
+        beta = tl.sum(w * share, 1) * factor
+        grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
     zero = norm == 0
-    grad = tl.where(zero[:, None], 0.0, grad / tl.where(zero, 1.0, norm)[:, None] / largest[:, None])
+    grad = tl.where(zero[:, None], 0.0, grad * (1.0 / tl.where(zero, 1.0, norm))[:, None] / largest[:, None])
     _store_rows(grad_z_ptr, token, width, token_ok, grad, HEAD_DIM)
 
 
 def _tile(kernel, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_frame:
-        return {"BLOCK_T": 4, "BLOCK_R": 32, "num_warps": 1}
+        return {"BLOCK_T": 1, "BLOCK_R": 32, "num_warps": 1}
     return {"BLOCK_T": 512 // head_dim, "num_warps": 2}
 
 
@@ -267,7 +278,7 @@ ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
 DTYPES = ("bf16", "fp16", "fp32")
 VARIANTS = [Variant(plucker_mean_offsets, arch, {}, {"num_warps": 1}) for arch in ARCHS]
 VARIANTS += [
-    Variant(plucker_mean_fwd, arch, {"dtype": dtype}, {"BLOCK_T": 16, "BLOCK_P": 512, "num_warps": 4})
+    Variant(plucker_mean_fwd, arch, {"dtype": dtype}, {"BLOCK_T": 8, "BLOCK_P": 512, "num_warps": 4})
     for arch, dtype in itertools.product(ARCHS, DTYPES)
 ]
 VARIANTS += [
