@@ -56,7 +56,8 @@ def grassmann(dtype, dims):
         g = simplex_ops.grassmann_mix(z, weight, None, (1, 2, 4, 40)).detach().requires_grad_()
         h, logits = (torch.randn_like(g, requires_grad=True) for _ in range(2))
         differentiate([simplex_ops.grassmann_blend(h, g, logits)], [h, g, logits])
-        shapes = (2, length, 24), (r, 24), (r,), weight.shape, (24,), (24, 24), (24, 24), (24,)
+        dim, planes = (128 if r == 32 else 24), weight.shape[1]  # the gate's own kernel takes multiples of 128
+        shapes = (2, length, dim), (r, dim), (r,), (dim, planes), (dim,), (dim, dim), (dim, dim), (dim,)
         layer = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         differentiate([simplex_ops.grassmann_layer(*layer, (1, 2, 4, 40), valid=valid)], layer)
         ring = torch.zeros(2, 5, r, device="cuda", dtype=dtype)
