@@ -70,6 +70,20 @@ def matmul_rate(flop: float, dtype: torch.dtype, device: str, budget_s: float = 
     return its_flop / median_ms(matmul, device, budget_s)
 
 
+def graph_ms(function: Callable[[], object], calls: int = 5, replays: int = 7) -> float:
+    """Median time of a call on the GPU alone: recorded `calls` times into a CUDA graph, so that no time of the host counts."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # cuBLAS makes its workspace
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return median_ms(graph.replay, "cuda", most=replays) / calls
+
+
 def commit() -> str:
     """The commit that is measured, "-dirty" with changes on top; SIMPLEX_COMMIT says it where there is no git."""
     if "SIMPLEX_COMMIT" in os.environ:
