@@ -4,11 +4,12 @@
 
 "of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
 The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is the time
-of choosing, gathering and adding back, measured alone, over that of the routed layer. Less than 90 s on an H100.
+of the same layer around a block that does nothing, over that of the layer. Less than 60 s on an H100.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def moves(device: str) -> list[dict]:
     calls = {
         "route_gather": (lambda: simplex_ops.route_gather(x, idx), 2 * y.nbytes),
         "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
+        "route_replace": (lambda: simplex_ops.route_replace(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
     }
     times = {name: median_ms(call, device) for name, (call, _) in calls.items()}
     return [{"op": n, "us": 1e3 * t, "of copy": calls[n][1] / t / rate} for n, t in times.items()]
@@ -92,6 +94,11 @@ def append(device: str) -> dict:
     return {"op": "route_kv_append_", "us": 1e3 * ours, "of copy": 4 * k.nbytes / ours / rate}
 
 
+class Nothing(torch.nn.Module):
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 @torch.no_grad()
 def layers(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
@@ -104,27 +111,24 @@ def layers(device: str) -> list[dict]:
     )
     dense = median_ms(lambda: block(x, positions), device)
 
-    dynamic, mod = DynamicLayer(block), MixtureOfDepthsLayer(block, dim).to(device, dtype)
-    student = SubjectiveTimescaleLayer(block, dim).to(device, dtype)
+    made = {
+        "dynamic layer": DynamicLayer(block),
+        "mod layer": MixtureOfDepthsLayer(block, dim),
+        "stt layer, student": SubjectiveTimescaleLayer(block, dim),
+    }
+    made = {name: layer.to(device, dtype) for name, layer in made.items()}
+    student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
         student.calibrate(student.router(x), student.top_k(student.router(x))[1])
     student.eval().trim = True
 
-    def route() -> torch.Tensor:
-        chosen, _ = dynamic.top_k(gate)
-        rows = simplex_ops.route_gather(x, chosen)
-        positions.gather(1, chosen.long())
-        return simplex_ops.route_scatter_add(x, rows, chosen, gate.gather(1, chosen.long()))
-
-    routing = median_ms(route, device)
-    calls = {
-        "dynamic layer": lambda: dynamic(x, gate),
-        "mod layer": lambda: mod(x),
-        "stt layer, student": lambda: student(x),
-    }
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
-    for name, call in calls.items():
+    for name, layer in made.items():
+        call = partial(layer, x, gate) if name == "dynamic layer" else partial(layer, x)
+        layer.block = block
         time = median_ms(call, device)
+        layer.block = Nothing()
+        routing = median_ms(call, device)
         rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time, "routing share": routing / time})
     return rows
 

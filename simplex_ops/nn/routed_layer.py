@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simplex_ops.nn.keeps_dtype import KeepsDtype
-from simplex_ops.routing import route_gather, route_scatter_add, threshold_route, topk_route
+from simplex_ops.routing import route_gather, route_replace, threshold_route, topk_route
 
 
 class Reports(nn.Module):
@@ -102,7 +102,7 @@ class RoutedLayer(Reports, KeepsDtype):
         at = torch.where(idx < 0, -1, positions.gather(1, into))
         rows = route_gather(x, idx)
         new = self.block(rows, at) if cache is None else self.block(rows, at, cache)
-        return route_scatter_add(x, (new - rows).to(x.dtype), idx, None if gate is None else gate.gather(1, into))
+        return route_replace(x, new.to(x.dtype), idx, None if gate is None else gate.gather(1, into))
 
     def route(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from simplex_ops.causal_route_logits import causal_route_logits
 from simplex_ops.nn.routed_layer import RoutedLayer, last_tokens, positions_of, wide
 from simplex_ops.nn.routing import PriorFFN, SurpriseGate
-from simplex_ops.routing import route_gather, route_scatter_add
+from simplex_ops.routing import route_gather, route_replace
 
 
 class TransitionNetwork(PriorFFN):
@@ -104,8 +104,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         )
         if self.passes == 2:
             return self.run(x, idx, g, positions)
-        update = route_gather((x_post - x).to(x.dtype), idx)
-        return route_scatter_add(x, update, idx, g.gather(1, idx.long()))
+        return route_replace(x, route_gather(x_post.to(x.dtype), idx), idx, g.gather(1, idx.long()))
 
     def _follow(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None) -> Tensor:
         prev = None if cache is None else cache[-1].to(x.dtype)
