@@ -218,9 +218,8 @@ def route_scatter_add_bwd(
         tl.store(grad_gate_ptr + slot, tl.sum(dot))
 
 
-# Measured so far with 1 row a program, 4 warps: gather at 0.80 of a copy, which the wait for the index explains: half of a
-# program's life no load of a row was in flight. Four rows a program put twice as many bytes in flight for twice as long.
-# The scores of 4096 tokens are one block of 8 warps.
+# On the H100, 8 x 4096 x 2048 bf16, half of the tokens, 13 tiles of 1 to 16 rows gather in 48 to 52 us and add back in 113 to 127,
+# but for 8 rows with 16 warps (148). Scores of 64 x 4096 tokens: 12 us with 4 or 8 warps, 14 with 16, 18 with 32.
 def _variants() -> list[Variant]:
     table = []
     for arch in ("sm80", "sm90a", "sm100f", "sm120f"):
