@@ -145,7 +145,7 @@ def layers(device: str) -> list[dict]:
     made = {name: layer.to(device, dtype) for name, layer in made.items()}
     student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
-        student.calibrate(student.router(x), student.top_k(student.router(x))[1])
+        student.calibrate(student.router(x).gather(1, student.top_k(student.router(x))[0].long()))
     student.eval().trim = True
 
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
