@@ -151,7 +151,7 @@ def check_append(dtype, rotates):
     sizes = {"positions_ptr": positions, "count_ptr": count, "slots": slots, "capacity": capacity}
     route_kv_append.route_kv_append_rows[(batch * slots,)](
         **sizes, k_ptr=k, v_ptr=v, frequencies_ptr=frequencies, keys_ptr=keys, values_ptr=values, row=heads * head_dim,
-        half=head_dim // 2, rotates=int(rotates), BLOCK=16,
+        half=head_dim // 2, rotates=int(rotates), BLOCK_H=4, BLOCK=16,
     )  # fmt: skip
     route_kv_append.route_kv_append_count[(batch,)](**sizes, BLOCK=2)
     tolerance = 2e-3 if dtype == torch.float16 else 1e-6
