@@ -85,13 +85,14 @@ class RoutedLayer(Reports, KeepsDtype):
         if positions is not None:
             margin = margin.masked_fill(positions < 0, -math.inf)
         mask = margin >= 0
-        idx, _ = threshold_route(margin, 0.0, scores.shape[1])
+        idx, count = threshold_route(margin, 0.0, scores.shape[1])
         if cache is not None:
-            room = (cache[0].shape[1] - cache[-1])[:, None]
-            idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < room, idx, -1)
-            mask = mask & (mask.cumsum(1) <= room)
+            room = cache[0].shape[1] - cache[-1]
+            idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < room[:, None], idx, -1)
+            mask = mask & (mask.cumsum(1) <= room[:, None])
+            count = torch.minimum(count, room)
         if self.trim:
-            idx = idx[:, : int((idx >= 0).sum(1).max())]
+            idx = idx[:, : int(count.max())]
         return idx, mask
 
     def run(
