@@ -1,5 +1,6 @@
 """Routing ops: the choice bit by bit against a stable sort, the moves against plain torch, every gradient, every error."""
 
+import itertools
 import re
 from contextlib import nullcontext
 
@@ -53,6 +54,15 @@ def test_topk_is_a_stable_sort(device, kind, length):
         assert_topk(scores, k)
         if device == "cpu":
             assert_topk(scores.double(), k)
+
+
+@pytest.mark.gpu
+def test_the_gpu_chooses_as_the_cpu_does():
+    for kind, length in itertools.product(SCORES, (1, 101, 4096, 5000)):
+        scores = SCORES[kind](3, length)
+        for function, how in ((topk_route, (length + 1) // 2), (lambda s, cap: threshold_route(s, 0.3, cap), length)):
+            for a, b in zip(function(scores.cuda(), how), function(scores, how), strict=True):
+                assert_same_bits(a.cpu(), b, f"{kind} {length}")
 
 
 def test_topk_of_strided_scores(device):
