@@ -176,7 +176,7 @@ def compare(setup: train_lm.Setup, args: argparse.Namespace) -> None:
     train_text, valid_text = train_lm.read_stdlib()
     batches = train_lm.Batches(train_text, setup.batch, setup.length, args.seed, args.device)
     drawn = train_lm.Batches(valid_text, setup.batch, setup.length, args.seed + 1, args.device)
-    valid, statistics = [drawn.next() for _ in range(64 // setup.batch)], []
+    valid, statistics = [drawn.next() for _ in range(max(1, 64 // setup.batch))], []
     curves = train_lm.train(models, batches, valid, args, statistics)
 
     rows = [evaluate(name, model, valid, setup) for name, model in models.items()]
