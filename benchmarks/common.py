@@ -15,6 +15,7 @@ import torch
 import simplex_ops
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def median_ms(function: Callable[[], object], device: str, budget_s: float = 0.5, most: int = 50) -> float:
@@ -35,6 +36,13 @@ def median_ms(function: Callable[[], object], device: str, budget_s: float = 0.5
             function()
             times.append((time.perf_counter() - before) * 1e3)
     return statistics.median(times)
+
+
+def matmul_rate(flop: float, dtype: torch.dtype, device: str, budget_s: float = 0.5) -> float:
+    """FLOP per ms of a square product of `flop`, or of the largest that is still sensible."""
+    n = max(128, min(8192, round((flop / 2) ** (1 / 3) / 64) * 64))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / median_ms(lambda: a @ b, device, budget_s)
 
 
 def commit() -> str:

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "kernel.h"
@@ -69,22 +71,26 @@ struct Launch {
   // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py) or null. A warpgroup of theirs walks the
   // short keys that any of its 64 rows sees: no waste where they are of one token, but where their tokens are many next
   // to the window, more than is gained. The backward pass has work to do once per short key, which many rows must
-  // share, and leaves partial sums of the short gradients for each 64 long keys, at most as large as q.
+  // share, and leaves partial sums of the short gradients for each block of long keys, at most as large as all
+  // arguments.
   const Kernel* scaled_forward() const {
     // fp16 shows that S is rounded elsewhere if only one of the two passes scales the tiles.
     if (p.dtype == ScalarType::Half && !scales_backward()) return nullptr;
     return scaled_tiles_pay() ? kForwardScaled.find_if(device, {dtype, head_dim}) : nullptr;
   }
   bool scales_backward() const {
-    constexpr int64_t kRowsPerShortKey = 512, kFreeBytes = 64 << 20;
-    const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(p.Nk, 64) * short_rows() * p.B * p.Hkv * p.D;
+    constexpr int64_t kRowsPerShortKey = 128, kFreeBytes = 64 << 20;
+    const Kernel* kernel = kBackwardKVScaled.find_if(device, {dtype, head_dim});
+    if (!kernel || !scaled_tiles_pay() || axes.w_short * p.group() < kRowsPerShortKey) return false;
+    if (p.group() % 8) return false;  // its copies are of 8 heads
+    const int64_t block_n = (*kernel)["BLOCK_N"];
+    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
+    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
-    return counts_fit && scaled_tiles_pay() && axes.w_short * p.group() >= kRowsPerShortKey &&
-           partial_bytes <= kFreeBytes + static_cast<int64_t>(p.q.numel()) * 2 &&
-           kBackwardKVScaled.find_if(device, {dtype, head_dim});
+    return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
   }
-  // Of dk_short and dv_short, for 64 long keys.
-  int64_t short_rows() const { return 64 + axes.w_long + axes.w_short - 2; }
+  // Short keys that share a row with a block of long keys.
+  int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
 
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
     const int64_t programs = programs_per_head * p.B * p.Hkv;
@@ -94,7 +100,14 @@ struct Launch {
   }
 
  private:
-  bool scaled_tiles_pay() const { return 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1); }
+  bool scaled_tiles_pay() const {
+    // A reader's switch, not a tuning knob: SIMPLEX_KERNELS=portable is what the other kernels are compared with.
+    static const bool portable_only = [] {
+      const char* kernels = std::getenv("SIMPLEX_KERNELS");
+      return kernels && std::string_view(kernels) == "portable";
+    }();
+    return !portable_only && 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1);
+  }
 };
 
 // The arguments of a launch, in the order of the kernel's parameters.
@@ -106,6 +119,7 @@ class Args {
   Args& pointer(const char* name, const Tensor& t) { return push({name, t.const_data_ptr()}); }
   Args& integer(const char* name, int64_t value) { return push({name, static_cast<int32_t>(value)}); }
   Args& number(const char* name, double value) { return push({name, static_cast<float>(value)}); }
+  Args& descriptor(const char* name, const TensorDescriptor& d) { return push({name, d}); }
   Args& strides(const char* batch, const char* length, const char* head, const Tensor& t) {
     const auto leading = leading_strides(t);
     return push({batch, leading[0]}).push({length, leading[1]}).push({head, leading[2]});
@@ -117,12 +131,17 @@ class Args {
   }
   // Strides, those of grad_out too if there is one, sizes, windows and scale.
   Args& problem(const Tensor* grad_out = nullptr) {
-    strides("stride_qb", "stride_qn", "stride_qh", l_.p.q);
+    strides("stride_qb", "stride_qn", "stride_qh", l_.p.q).key_strides();
+    if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
+    return sizes();
+  }
+  Args& key_strides() {
     strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
     strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
     strides("stride_ksb", "stride_ksn", "stride_ksh", l_.axes.k_short);
-    strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
-    if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
+    return strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
+  }
+  Args& sizes() {
     integer("num_queries", l_.p.Nq).integer("num_keys", l_.p.Nk).integer("kv_heads", l_.p.Hkv);
     integer("group", l_.p.group()).integer("head_dim", l_.p.D);
     return integer("w_long", l_.axes.w_long).integer("w_short", l_.axes.w_short).number("scale", l_.p.scale);
@@ -168,7 +187,7 @@ struct GradAxes {
 void add_splits(const Launch& l, const GradAxes& grad, const Tensor& part_k, const Tensor& part_v, int64_t splits,
                 int64_t block_keys) {
   const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
-  launch(sum, l.device, l.stream, l.grid(ceil_div(l.p.Nk, sum["BLOCK_N"])),
+  launch(sum, l.device, l.stream, l.grid(l.p.Nk),
          Args(l)
              .pointer("part_k_ptr", part_k)
              .pointer("part_v_ptr", part_v)
@@ -208,9 +227,17 @@ Tensor partial_sums(const Launch& l, int64_t programs, int64_t rows) {
   return empty_like_device(l.p.q, {programs, rows, l.p.D}, ScalarType::Float);
 }
 
+// A tensor of [batch, length, heads, head_dim] to TMA.
+TensorDescriptor four_dimensional(const Tensor& t) {
+  const auto leading = leading_strides(t);
+  return {t.const_data_ptr(), {t.size(0), t.size(1), t.size(2), t.size(3)}, {leading[0], leading[1], leading[2], 1}};
+}
+
 void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
-                     const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
+                     const Tensor& lse, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
+  const int64_t heads = p.B * p.Hkv;
+  const Tensor statistics = empty_like_device(lse, {2 * heads, l.rows}, ScalarType::Float);
   const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim});
   launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
          Args(l)
@@ -220,38 +247,51 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
              .pointer("grad_out_ptr", grad_out)
              .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
              .pointer("grad_q_ptr", grad_q)
-             .pointer("delta_ptr", delta)
+             .pointer("statistics_ptr", statistics)
              .problem(&grad_out)
              .integer("has_grad_lse", grad_lse.has_value()));
 
   const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim});
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
-  const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, p.Nk);
-  const Tensor part_k = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
-  const Tensor part_v = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
-  const Tensor part_ks = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
-  const Tensor part_vs = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
+  const int64_t short_rows = l.short_rows(block_n);
+  const int64_t span = std::min(short_rows, p.Nk);
+  // A share of short keys: a number of blocks, for the sake of the L2 cache, unless more programs are needed than that.
+  int64_t share = block_n;
+  while (share < span) share *= 2;
+  const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
+  while (share > 1 && blocks * splits_of(share) * heads < kPrograms / 2) share /= 2;
+  const int64_t splits = splits_of(share);
+  const int64_t long_rows = heads * blocks * splits * block_n;
+  const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);
+  Tensor part_ks = partial_sums(l, heads * blocks, short_rows), part_vs = partial_sums(l, heads * blocks, short_rows);
+  torch::stable::zero_(part_ks);
+  torch::stable::zero_(part_vs);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits),
          Args(l)
-             .inputs()
-             .pointer("lse_ptr", lse)
-             .pointer("grad_out_ptr", grad_out)
-             .pointer("delta_ptr", delta)
-             .pointer("part_k_ptr", part_k)
-             .pointer("part_v_ptr", part_v)
+             .descriptor("q_desc", four_dimensional(p.q))
+             .descriptor("grad_out_desc", four_dimensional(grad_out))
+             .descriptor("statistics_desc", {statistics.const_data_ptr(), {2 * heads, l.rows}, {l.rows, 1}})
+             .pointer("k_long_ptr", l.axes.k_long)
+             .pointer("v_long_ptr", l.axes.v_long)
+             .pointer("k_short_ptr", l.axes.k_short)
+             .pointer("v_short_ptr", l.axes.v_short)
+             .descriptor("part_k_desc", {part_k.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
+             .descriptor("part_v_desc", {part_v.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
              .pointer("part_ks_ptr", part_ks)
              .pointer("part_vs_ptr", part_vs)
-             .problem(&grad_out)
-             .integer("num_splits", splits));
+             .key_strides()
+             .sizes()
+             .integer("num_splits", splits)
+             .integer("share", share));
   add_splits(l, grad, part_k, part_v, splits, block_n);
-  merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, 64, l.short_rows(), l.axes.w_long - 1);
+  merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, block_n, short_rows, l.axes.w_long - 1);
 }
 
 void backward_portable(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-                       const Tensor& out, const Tensor& lse, const Tensor& delta, const Tensor& grad_q,
-                       const GradAxes& grad) {
+                       const Tensor& out, const Tensor& lse, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
+  const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
   const Kernel& dq = l.select(kBackwardQ);
   const int64_t block_m = dq["BLOCK_M"];
   const int64_t num_tiles = ceil_div(l.rows, block_m);
@@ -314,8 +354,7 @@ void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
 void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                    const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
   const Launch l("two_simplicial_attention_backward", p);
-  const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
-  (l.scales_backward() ? backward_scaled : backward_portable)(l, grad_out, grad_lse, out, lse, delta, grads.q,
+  (l.scales_backward() ? backward_scaled : backward_portable)(l, grad_out, grad_lse, out, lse, grads.q,
                                                               GradAxes(l, grads));
 }
 

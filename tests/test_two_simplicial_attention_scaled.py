@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import reference
 import torch
-from problem import assert_close_to_truth, assert_same_bits, draw, evaluate
+from problem import assert_close_to_truth, assert_same_bits, check, draw, evaluate
 from torch.profiler import ProfilerActivity, profile
 
 import simplex_ops
@@ -29,8 +29,10 @@ def kernels_of(run):
     [
         (torch.bfloat16, 64, (64, 16), True, True),
         (torch.float16, 128, (16, 64), True, True),
-        (torch.bfloat16, 8, (64, 16), True, False),  # too few rows share a short key's part of the backward pass
-        (torch.float16, 8, (64, 16), False, False),  # fp16 takes both or none
+        (torch.bfloat16, 8, (64, 16), True, True),
+        (torch.bfloat16, 8, (64, 12), True, False),  # too few rows share a short key's part of the backward pass
+        (torch.float16, 8, (64, 12), False, False),  # fp16 takes both or none
+        (torch.bfloat16, 12, (64, 64), True, False),  # copies of 8 heads cannot make up 12
         (torch.bfloat16, 1, (64, 16), False, False),  # 64 tokens a tile see far more short keys than one does
         (torch.float32, 64, (64, 16), False, False),
     ],
@@ -41,6 +43,14 @@ def test_choice_of_the_kernels(dtype, ratio, w, forward, backward):
     names = kernels_of(lambda: evaluate(op, problem))
     assert ("two_simplicial_fwd_scaled" in names) == forward
     assert ("two_simplicial_bwd_dkv_scaled" in names) == backward
+
+
+@pytest.mark.parametrize(("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33)), (8, (140, 40))])
+@pytest.mark.parametrize("dim", [40, 64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients(dtype, dim, ratio, w):
+    problem = draw(batch=1, n_k=150, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    check(op, problem)
 
 
 def forward_reference(problem, dtype):
@@ -111,7 +121,8 @@ def test_all_logits_far_below_zero(dtype):
 def test_fp16_weights_that_are_each_too_small():
     """Tokens whose first tile lies outside their window start from a reference of 0: 64 of the weights of 2^-22.7 sum to
     more than 1/2 here, but fp16 would round each by a fifth."""
-    inputs = [torch.full((1, 2176, 1, 40), x, dtype=torch.float16, device="cuda") for x in (-1, 1, 1, 1, 1)]
+    q = torch.full((1, 2176, 8, 40), -1, dtype=torch.float16, device="cuda")
+    inputs = [q, *(torch.ones_like(q[:, :, :1]) for _ in range(4))]
     run = partial(op, *inputs, 2048, 2048, scale=0.393)
     run()
     assert "two_simplicial_fwd_scaled" in kernels_of(run)
