@@ -38,6 +38,16 @@ def test_sums_of_thousands_of_terms_of_one_sign(device, dim):
     check(op, problem)
 
 
+@pytest.mark.parametrize("name", [3, 4], ids=("v1", "v2"))
+def test_values_next_to_the_smallest_number(device, name):
+    """Parts below 2^-133 may vanish: a hundredth of the smallest normal number of fp32."""
+    problem = draw(batch=1, n_k=70, ratio=64, dim=64, w1=40, w2=9, device=device)
+    problem.inputs[name] *= 1e-36
+    out, _ = op(*problem.inputs, 40, 9)
+    truth, _ = reference.two_simplicial_attention(*(x.double() for x in problem.inputs), 40, 9)
+    torch.testing.assert_close(out.double(), truth, atol=2.0**-130, rtol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize(("ratio", "w"), [(64, (40, 9)), (3, (9, 40))])
