@@ -130,7 +130,7 @@ def two_simplicial_fwd(
         for offset in range(0, tl.minimum(w_short, last_pos + 1)):
             short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
-            s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="bf16x6")  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
             if at_edge | (offset > first_pos):
                 valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
                 s = tl.where(valid, s, float("-inf"))
@@ -141,7 +141,7 @@ def two_simplicial_fwd(
             alpha = tl.exp2(row_max - safe_max)
             row_sum = row_sum * alpha + tl.sum(p, 1)
             row_max = new_max
-            pv = tl.dot(p.to(v.dtype), v, input_precision="bf16x6")  # [BLOCK_M, HEAD_DIM]
+            pv = tl.dot(p.to(v.dtype), v, input_precision="tf32x3")  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
             acc = tl.fma(pv, _expand(v_short, BLOCK_M).to(tl.float32), acc * alpha[:, None])
 
@@ -320,6 +320,8 @@ def two_simplicial_bwd_dkv(
     Where the blocks of keys are too few to fill the GPU, num_splits programs share the rows of a block and leave fp32
     partial sums for two_simplicial_bwd_sum.
     """
+    # fp32: six bf16 products where wgmma multiplies, which takes 64 keys and 16 rows, else three tf32 ones.
+    PRECISION: tl.constexpr = "bf16x6" if BLOCK_N == 64 else "tf32x3"
     num_rows = num_queries * group
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -365,8 +367,8 @@ def two_simplicial_bwd_dkv(
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
             gv = grad_out * v_short
-            s_t = tl.dot(k, tl.trans(qk), input_precision="bf16x6")  # [BLOCK_N, BLOCK_M]
-            dp_t = tl.dot(v, tl.trans(gv), input_precision="bf16x6")
+            s_t = tl.dot(k, tl.trans(qk), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(gv), input_precision=PRECISION)
             p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
             if at_edge | (offset > first_pos):
@@ -374,8 +376,8 @@ def two_simplicial_bwd_dkv(
                 p_t = tl.where(valid, p_t, 0.0)
                 single = _sees_one_pair(pos, w_long, w_short)
                 ds_t = tl.where(valid, tl.where(single[None, :], -delta[None, :], ds_t), 0.0)
-            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision="bf16x6")
-            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision="bf16x6")
+            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
+            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)
 
     if num_splits > 1:
         part_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -416,8 +418,8 @@ def two_simplicial_bwd_sum(
 
 
 # Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
-# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is six bf16 ones, or three tf32 ones
-# in dq, with operands and code to match.
+# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32 ones (or six
+# bf16 ones), with operands and code to match.
 def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
