@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import DTYPES, RESULTS, matmul_rate, median_ms, write
+from common import DTYPES, RESULTS, matmul_of, median_ms, medians_ms, write
 
 from simplex_ops.two_simplicial_attention import valid_pairs
 
@@ -77,11 +77,14 @@ def measure(shape: tuple, device: str, budget_s: float, plain_torch: bool = True
     op, backward = torch.ops.simplex.two_simplicial_attention, torch.ops.simplex.two_simplicial_attention_backward
     with torch.no_grad():
         out, lse = op(q, *keys, w1, w2)
-        rate = matmul_rate(flop, dtype, device, budget_s)
-        times = {
-            "forward": median_ms(lambda: op(q, *keys, w1, w2), device, budget_s),
-            "backward": median_ms(lambda: backward(grad, None, q, *keys, out, lse, w1, w2), device, budget_s),
+        matmul, matmul_flop = matmul_of(flop, dtype, device)
+        calls = {
+            "matmul": matmul,
+            "forward": lambda: op(q, *keys, w1, w2),
+            "backward": lambda: backward(grad, None, q, *keys, out, lse, w1, w2),
         }
+        times = medians_ms(calls, device, 3 * budget_s)
+        rate = matmul_flop / times["matmul"]
         row = dict(zip(FIELDS, shape, strict=True)) | {"matmul_tflops": rate / 1e9}
         # The reference gathers every query's window: on the GPU only where that is quick.
         if plain_torch and (device == "cpu" or heads * batch * n * w1 * w2 < 3e9):

@@ -6,12 +6,13 @@ from typing import Any
 from . import _library as _library  # first: it loads the ops that the modules below describe
 from .causal_route_logits import causal_route_logits
 from .grassmann_blend import grassmann_blend
+from .grassmann_layer import grassmann_layer
 from .grassmann_mix import grassmann_mix
 from .grassmann_step import grassmann_step
 from .info import Info, info
 from .plucker_mean import plucker_mean
 from .route_kv_append import route_kv_append_
-from .routing import route_gather, route_scatter_add, threshold_route, topk_route
+from .routing import route_gather, route_replace, route_scatter_add, threshold_route, topk_route
 from .surprise_gate import surprise_gate
 from .two_simplicial_attention import two_simplicial_attention
 
@@ -19,6 +20,7 @@ __all__ = [
     "Info",
     "causal_route_logits",
     "grassmann_blend",
+    "grassmann_layer",
     "grassmann_mix",
     "grassmann_step",
     "info",
@@ -27,6 +29,7 @@ __all__ = [
     "plucker_mean",
     "route_gather",
     "route_kv_append_",
+    "route_replace",
     "route_scatter_add",
     "surprise_gate",
     "threshold_route",

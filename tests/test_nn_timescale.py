@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from problem import assert_same_bits
 from torch import nn
 
+from simplex_ops import topk_route
 from simplex_ops.nn import (
     CausalRouter,
     PositionedAttention,
@@ -159,12 +160,16 @@ def test_under_the_threshold_no_token_sees_a_later_one(device, cut):
 
 
 @pytest.mark.parametrize("passes", [2, 1])
-def test_routes_equal_no_token_sees_a_later_one_in_training(device, passes):
-    """Nothing but the choice of tokens looks ahead, so with capacity 1 nothing does."""
-    layer, x = make(device, passes, 1.0), torch.randn(2, 24, DIM, device=device)
-    before = layer(x)
+@pytest.mark.parametrize("capacity", [0.5, 1.0])
+def test_routes_equal_no_token_sees_a_later_one_in_training(device, passes, capacity):
+    """Nothing but the choice of tokens looks ahead."""
+    layer, x = make(device, passes, capacity), torch.randn(2, 24, DIM, device=device)
+    before, chosen = layer(x), topk_route(layer.report["gate"].detach(), int(24 * capacity))
+    layer.top_k = lambda scores: chosen
     x[:, 13:] = torch.randn(2, 11, DIM, device=device)
-    assert_same_bits(layer(x)[:, :13].contiguous(), before[:, :13].contiguous())
+    after = layer(x)
+    assert_same_bits(after[:, :13].contiguous(), before[:, :13].contiguous())
+    assert not torch.equal(after[:, 13:], before[:, 13:])
 
 
 def test_calibration_keeps_the_capacity(device):

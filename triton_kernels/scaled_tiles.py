@@ -217,13 +217,14 @@ def _over_columns(x, like):
 
 
 @gluon.jit
-def _weights(s, ref, row_sum, to_exponent, a, pos, w_a, at_edge, seen, past, REBASE: gl.constexpr, EXACT: gl.constexpr):
+def _weights(s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, past, REBASE: gl.constexpr, EXACT: gl.constexpr):
     """P = exp2(S - ref), a reference and sums to go on with, and the factor that earlier sums of P @ V need for it.
 
-    Along a, window w_a, lie the columns; the rows with `seen` see the other axis' key, those with `past` are not before it.
+    Along a lie the columns, of which a row sees those after `since` up to pos; the rows with `seen` see the other axis' key,
+    those with `past` are not before it.
     """
     if EXACT or at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a)
+        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None])
         s = gl.where(valid & seen[:, None] if EXACT else valid, s, float("-inf"))
     alpha = ref
     if REBASE:
@@ -282,3 +283,47 @@ def _store(o, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out
     out_ptrs = _row_ptrs(out_ptr, (row // group).to(gl.int64) * out_stride + row % group, head_dim, d)
     out_mask = gl.convert_layout(mask, o_rows)[:, None] & (d < head_dim)[None, :]
     gl.store(out_ptrs, (o / _over_columns(row_sum, o)).to(dtype), mask=out_mask)
+
+
+@gluon.jit
+def _out_ptrs(ptr, first_row, out_stride, num_rows, group, head_dim, layout: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Where 64 rows of out or dq are, and which there are. out_stride: the heads of all kv heads."""
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    ptrs = ptr + ((row // group).to(gl.int64) * out_stride + row % group)[:, None] * head_dim + d[None, :]
+    return ptrs, (row < num_rows)[:, None] & (d < head_dim)[None, :]
+
+
+@gluon.jit
+def _store_rows(ptr, x, first_row, out_stride, num_rows, group, head_dim):
+    ptrs, mask = _out_ptrs(ptr, first_row, out_stride, num_rows, group, head_dim, x.type.layout, x.shape[1])
+    gl.store(ptrs, x, mask=mask)
+
+
+@gluon.jit
+def _lse_and_delta(grad_out, first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride, num_queries, num_rows, group,
+                   head_dim):  # fmt: skip
+    """lse as an exponent of 2 and delta = sum(dO * out) - dlse, of 64 rows; `single`: rows that see one pair."""
+    ptrs, mask = _out_ptrs(out_ptr, first_row, out_stride, num_rows, group, head_dim, grad_out.type.layout, grad_out.shape[1])
+    out = gl.load(ptrs, mask=mask, other=0.0)
+    delta = gl.convert_layout(gl.sum(grad_out.to(gl.float32) * out.to(gl.float32), 1), single.type.layout)
+    delta = gl.where(single, 0.0, delta)
+    row = first_row + gl.arange(0, ROWS, single.type.layout)
+    lse_row = (row % group).to(gl.int64) * num_queries + row // group
+    if has_grad_lse != 0:
+        delta -= gl.load(grad_lse_ptr + lse_row, mask=row < num_rows, other=0.0)
+    # inf: P of a row past the end is 0
+    return gl.load(lse_ptr + lse_row, mask=row < num_rows, other=float("inf")) * LOG2E, delta
+
+
+@gluon.jit
+def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, since, at_edge, seen, single):
+    """P and dS, 0 for pairs that are not seen."""
+    shift = gl.where(seen, -lse2, float("-inf"))
+    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
+    ds = p * (dp - delta[:, None])
+    if at_edge:
+        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None]) & seen[:, None]
+        p = gl.where(valid, p, 0.0)
+        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
+    return p, ds

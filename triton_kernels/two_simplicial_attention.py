@@ -430,6 +430,12 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
         }
         if arch == "sm90a" and head_dim <= 128:
             tiles[two_simplicial_bwd_dkv] = (16 if head_dim == 128 else 32, 64, 4, 1)  # 64 rows: wgmma
+    elif head_dim == 256 and arch == "sm90a":
+        tiles = {
+            two_simplicial_fwd: (64, 128, 8, 1),
+            two_simplicial_bwd_dq: (64, 32, 8, 1) if share > 1 else (16, 32, 8, 1),
+            two_simplicial_bwd_dkv: (64, 64, 8, 1),
+        }
     elif head_dim == 256:
         tiles = {
             two_simplicial_fwd: (32, 64, 8 if mma_sync else 4, 1),
@@ -452,8 +458,10 @@ def _variants() -> list[Variant]:
     ):
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
         shares = [1]
-        if head_dim in (64, 128):
-            shares = [1, 8, 64] if arch == "sm90a" and dtype != "fp32" else [1, 64]  # where 8 was measured to pay
+        if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
+            shares = [1, 8, 64]  # as measured to pay
+        elif head_dim in (64, 128):
+            shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
             if (arch, dtype) == ("sm90a", "fp32") and head_dim <= 128 and (kernel is two_simplicial_fwd or share == 64):
                 continue  # two_simplicial_fp32.py

@@ -67,7 +67,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                 s = warpgroup_mma_wait(0, deps=(s,))
                 seen = (pos >= b) & (pos < b + w_b)
                 p, ref, row_sum, alpha = _weights(
-                    s, ref, row_sum, to_exponent, a, pos, w_a, at_edge, seen, pos >= b, True, EXACT)  # fmt: skip
+                    s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, True, EXACT)  # fmt: skip
                 o = o * _over_columns(alpha, o)
                 p = gl.convert_layout(p.to(q.dtype), p_layout)
                 v_stage = stage
@@ -81,7 +81,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                     s = warpgroup_mma_wait(1, deps=(s_next,))
                     seen = (pos >= b) & (pos < b + w_b)
                     p_next, ref, row_sum, alpha = _weights(
-                        s, ref, row_sum, to_exponent, a, pos, w_a, at_edge, seen, pos >= b, EXACT, EXACT)  # fmt: skip
+                        s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, EXACT, EXACT)  # fmt: skip
                     done_stage = v_stage
                     v_stage = stage
                     stage, phase = ring.advance(stage, phase)

@@ -1,7 +1,7 @@
 """The gradients of the keys and values of 2-simplicial attention on Hopper (two_simplicial_scaled_dq.py has that of q).
 
-A block holds a tile of the long axis and takes one short key j after the other, with its scaled tiles k_j and v_j. The sums
-over all rows that see both,
+A block holds a tile of the long axis and takes the short keys two by two, each of its two warpgroups one of them, j, with the
+scaled tiles k_j and v_j. The sums over all rows that see both,
 
     G = dS^T @ q    H = P^T @ dO
 
@@ -59,10 +59,10 @@ class Stream:
 
 
 @gluon.jit
-def _rows_of(j, first_n, last_n, num_keys, past, group, w_long, w_short):
-    """First and end row of those that see short key j and some of the long keys."""
+def _rows_of(j, end_j, first_n, last_n, num_keys, past, group, w_long, w_short):
+    """First and end row of those that see some of the long keys and short key j or, before end_j, j + 1."""
     first_pos = gl.maximum(gl.maximum(j, first_n), past)
-    last_pos = gl.minimum(gl.minimum(j + w_short, last_n + w_long), num_keys) - 1
+    last_pos = gl.minimum(gl.minimum(gl.minimum(j + 1, end_j - 1) + w_short, last_n + w_long), num_keys) - 1
     first = (first_pos - past) * group
     return first, gl.maximum((last_pos + 1 - past) * group, first)
 
@@ -78,15 +78,15 @@ def _boxes(tiles):
 @gluon.jit
 def _stream_rows(stream, q_desc, grad_out_desc, statistics_desc, batch, first_head, batch_head, num_batch_heads, first_j, end_j, first_n,
                  last_n, num_keys, past, group, w_long, w_short, HEAD_DIM: gl.constexpr):  # fmt: skip
-    """The helper: the rows of every short key, in the order in which the warpgroups take them."""
+    """The helper: the rows of every two short keys, in the order in which the warpgroups take them."""
     COLUMNS: gl.constexpr = HEAD_DIM // 64
     BYTES: gl.constexpr = 2 * ROWS * (2 * HEAD_DIM + 4)
     q = _boxes(stream.q)
     grad_out = _boxes(stream.grad_out)
     stage = 0
     phase = 1
-    for j in range(first_j, end_j):
-        first, end = _rows_of(j, first_n, last_n, num_keys, past, group, w_long, w_short)
+    for j in range(first_j, end_j, 2):
+        first, end = _rows_of(j, end_j, first_n, last_n, num_keys, past, group, w_long, w_short)
         for start in range(first, end, ROWS):
             mbarrier.wait(stream.empty.index(stage), phase)
             full = stream.full.index(stage)
@@ -116,43 +116,31 @@ def _add_long(desc, staging, gradient, short_row, is_first, first_row):
 
 
 @gluon.jit
-def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc,
-                   first_part, part_ks_ptr, part_vs_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn, first_j, end_j, first_n, last_n,
-                   num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM: gl.constexpr):  # fmt: skip
-    """One of the two warpgroups that multiply: its 64 long keys' gradients, and what they give to the short keys'."""
+def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part, part_ks_ptr,
+                   part_vs_ptr, stride_ksn, stride_vsn, first_j, end_j, first_n, last_n, num_keys, past, group, head_dim, w_long,
+                   w_short, scale, HEAD_DIM: gl.constexpr):  # fmt: skip
+    """One of the two warpgroups that multiply: the long keys' gradients by every second short key, and those of that."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2)
     columns: gl.constexpr = gl.SliceLayout(0, s_mma)
     PAIRS: gl.constexpr = HEAD_DIM // 2
     pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
-    dtype: gl.constexpr = k_long_ptr.dtype.element_ty
-    k_tile = tiles.index(2 * warpgroup)
-    v_tile = tiles.index(2 * warpgroup + 1)
+    dtype: gl.constexpr = k_short_ptr.dtype.element_ty
+    k_tile = tiles.index(0)
+    v_tile = tiles.index(1)
     k_scaled = scaled.index(2 * warpgroup)
     v_scaled = scaled.index(2 * warpgroup + 1)
     staging = scaled.reinterpret(gl.float32, [2, ROWS, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], gl.float32))
     staging = staging.index(warpgroup)
 
-    own_n = first_n + warpgroup * ROWS
-    own_last = gl.minimum(own_n + ROWS, num_keys) - 1  # before own_n where there are no keys
-    n = own_n + gl.arange(0, ROWS, gl.SliceLayout(1, pairs))
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
     pair_ok = pair < head_dim // 2
-    mask = (n < num_keys)[:, None] & pair_ok[None, :]
-    _as_pairs(tiles).index(2 * warpgroup).store(gl.load(_row_ptrs(_pairs(k_long_ptr), n, stride_kln // 2, pair), mask=mask, other=0))
-    _as_pairs(tiles).index(2 * warpgroup + 1).store(gl.load(_row_ptrs(_pairs(v_long_ptr), n, stride_vln // 2, pair), mask=mask, other=0))
-    gl.barrier()
-
-    n = own_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_mma))
+    n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_mma))
     # The rows that see key n, as numbers of rows: to divide those by the group instead would take longer than the products.
     window = gl.minimum(w_long, num_keys)
     sees_from = (n - past) * group
     sees_until = (n - past + window) * group
-    own_from = (own_n - past) * group  # some key, then every key
-    own_until = (own_last - past + window) * group
-    all_from = (own_n + ROWS - 1 - past) * group
-    all_until = (own_n - past + window) * group
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
     d_ok = d < head_dim
     to_exponent = scale * LOG2E
@@ -166,11 +154,13 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
         gl.barrier()
         tma.async_store(part_k_desc, [first_part, 0], staging)
         tma.async_store(part_v_desc, [first_part, 0], staging)
-    for j in range(first_j, end_j):
-        k_row = gl.load(_pairs(k_short_ptr) + j.to(gl.int64) * (stride_ksn // 2) + pair, mask=pair_ok, other=0)
-        v_row = gl.load(_pairs(v_short_ptr) + j.to(gl.int64) * (stride_vsn // 2) + pair, mask=pair_ok, other=0)
-        k = _as_pairs(tiles).index(2 * warpgroup).load(pairs)
-        v = _as_pairs(tiles).index(2 * warpgroup + 1).load(pairs)
+    for pair_j in range(first_j, end_j, 2):
+        j = pair_j + warpgroup
+        short = gl.minimum(j, end_j - 1).to(gl.int64)  # WG 1 may have none at the end, and then has no rows either
+        k_row = gl.load(_pairs(k_short_ptr) + short * (stride_ksn // 2) + pair, mask=pair_ok, other=0)
+        v_row = gl.load(_pairs(v_short_ptr) + short * (stride_vsn // 2) + pair, mask=pair_ok, other=0)
+        k = _as_pairs(tiles).index(0).load(pairs)
+        v = _as_pairs(tiles).index(1).load(pairs)
         tma.store_wait(0, read_only=False)  # what was added is added: the next addition comes second
         gl.barrier()  # all warps are done with the scaled tiles of the short key before, which staged dv_long last
         _as_pairs(scaled).index(2 * warpgroup).store(_multiply_pairs(k, gl.broadcast(k_row[None, :], k)[0], dtype))
@@ -180,9 +170,14 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
 
         grad_k = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
         grad_v = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
-        first, end = _rows_of(j, first_n, last_n, num_keys, past, group, w_long, w_short)
+        first, end = _rows_of(pair_j, end_j, first_n, last_n, num_keys, past, group, w_long, w_short)
+        # The rows that see key j and some of the long keys; and all of them.
+        own_from = (gl.maximum(first_n, j) - past) * group
+        own_until = gl.minimum((gl.minimum(last_n + window, j + w_short) - past) * group, end)
+        all_from = (gl.maximum(first_n + ROWS - 1, j) - past) * group
+        all_until = gl.minimum((gl.minimum(first_n + window, j + w_short) - past) * group, end)
         own_first = gl.minimum(gl.maximum(own_from - first, 0), end - first) // ROWS
-        own_num = gl.maximum(gl.cdiv(gl.minimum(own_until, end) - first, ROWS) - own_first, 0)
+        own_num = gl.where(j < end_j, gl.maximum(gl.cdiv(own_until - first, ROWS) - own_first, 0), 0)
         stage, phase = stream.skip(own_first, stage, phase)
         if own_num > 0:
             mbarrier.wait(stream.full.index(stage), phase)
@@ -203,9 +198,10 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
                 dp = warpgroup_mma_wait(0, deps=(dp_next,))
                 minus_delta = gl.broadcast(statistics.index(2 * stage + 1).load(columns)[None, :], zero_s)[0]
                 ds = p * (dp + minus_delta)
-                if (start < all_from) | (start + ROWS > gl.minimum(all_until, end)):  # also where a row sees one pair only
+                if (start < all_from) | (start + ROWS > all_until):  # also where a row sees one pair only
                     row = start + gl.arange(0, ROWS, columns)
-                    valid = (row[None, :] >= sees_from[:, None]) & (row[None, :] < gl.minimum(sees_until, end)[:, None])
+                    valid_from = gl.maximum(sees_from, own_from)
+                    valid = (row[None, :] >= valid_from[:, None]) & (row[None, :] < gl.minimum(sees_until, own_until)[:, None])
                     p = gl.where(valid, p, 0.0)
                     single = (row < group * (past == 0)) | (w_long + w_short == 2)
                     ds = gl.where(valid, gl.where(single[None, :], minus_delta, ds), 0.0)
@@ -220,21 +216,17 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_long_ptr, v_long_ptr, k_s
                 stage, phase = next_stage, next_phase
         stage, phase = stream.skip(gl.cdiv(end - first, ROWS) - own_first - own_num, stage, phase)
 
-        if (own_num > 0) | (j == first_j):
+        if (j < end_j) | (pair_j == first_j):
             gl.barrier()  # all warps are done with the scaled tiles
-            factor_k = gl.load(k_short_ptr + j.to(gl.int64) * stride_ksn + d, mask=d_ok, other=0.0).to(gl.float32)
-            factor_v = gl.load(v_short_ptr + j.to(gl.int64) * stride_vsn + d, mask=d_ok, other=0.0).to(gl.float32)
-            _add_long(part_k_desc, staging, grad_k, factor_k, j == first_j, first_part)
-            short = j - (own_n - w_short + 1)
-            sees_short = d_ok & (own_n < num_keys) & (short >= 0) & (short < ROWS + w_long + w_short - 2)
-            # Two addends, one of each warpgroup, to a zero: the same sum in either order.
-            sum_k = gl.sum(k_tile.load(o_mma).to(gl.float32) * grad_k, 0)
-            gl.atomic_add(part_ks_ptr + (short.to(gl.int64) + warpgroup * ROWS) * head_dim + d, sum_k, mask=sees_short, sem="relaxed")
-            sum_v = gl.sum(v_tile.load(o_mma).to(gl.float32) * grad_v, 0)
-            gl.atomic_add(part_vs_ptr + (short.to(gl.int64) + warpgroup * ROWS) * head_dim + d, sum_v, mask=sees_short, sem="relaxed")
+            factor_k = gl.load(k_short_ptr + short * stride_ksn + d, mask=d_ok, other=0.0).to(gl.float32)
+            factor_v = gl.load(v_short_ptr + short * stride_vsn + d, mask=d_ok, other=0.0).to(gl.float32)
+            _add_long(part_k_desc, staging, grad_k, factor_k, pair_j == first_j, first_part)
+            part = (short - (first_n - w_short + 1)) * head_dim + d
+            gl.store(part_ks_ptr + part, gl.sum(k_tile.load(o_mma).to(gl.float32) * grad_k, 0), mask=d_ok & (j < end_j))
+            gl.store(part_vs_ptr + part, gl.sum(v_tile.load(o_mma).to(gl.float32) * grad_v, 0), mask=d_ok & (j < end_j))
             tma.store_wait(0)
             gl.barrier()
-            _add_long(part_v_desc, staging, grad_v, factor_v, j == first_j, first_part)
+            _add_long(part_v_desc, staging, grad_v, factor_v, pair_j == first_j, first_part)
     tma.store_wait(0, read_only=False)
 
 
@@ -252,15 +244,17 @@ def two_simplicial_bwd_dkv_scaled(
     w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32", share: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Partial sums: of dk_long, dv_long for each of num_splits programs of a block of keys, which take `share` of its short
-    keys each (the last: the rest); of dk_short, dv_short for each block, rows first of its keys - w_short + 1 .. last +
-    w_long - 1, which are to be zero before."""
+    """Partial sums: of dk_long, dv_long twice for each of num_splits programs of a block of keys, which take `share` of its short
+    keys each (the last: the rest); of dk_short, dv_short for each block, rows first of its keys - w_short + 1 .. last + w_long - 1
+    (of those that there are)."""
     dtype: gl.constexpr = k_long_ptr.dtype.element_ty
     past = num_keys - num_queries
     num_blocks = gl.cdiv(num_keys, BLOCK_N)
     # Programs that run at the same time walk the same short keys where a share is a number of blocks: their rows are then
     # in the L2 cache once.
-    split = gl.program_id(0) % num_splits
+    # The middle shares first, then outwards: those at the ends have fewer rows.
+    rank = gl.program_id(0) % num_splits
+    split = num_splits // 2 + gl.where(rank % 2 == 1, -((rank + 1) // 2), rank // 2)
     block = (gl.program_id(0) // num_splits + split * (num_blocks - share // BLOCK_N % num_blocks)) % num_blocks
     batch_head = gl.program_id(0) // num_splits // num_blocks
     batch = (batch_head // kv_heads).to(gl.int64)
@@ -269,7 +263,7 @@ def two_simplicial_bwd_dkv_scaled(
     v_long_ptr += batch * stride_vlb + kv_head * stride_vlh
     k_short_ptr += batch * stride_ksb + kv_head * stride_ksh
     v_short_ptr += batch * stride_vsb + kv_head * stride_vsh
-    first_part = ((batch_head * num_blocks + block) * num_splits + split) * BLOCK_N
+    first_part = ((batch_head * num_blocks + block) * num_splits + split) * 2 * BLOCK_N
     first_short = (batch_head.to(gl.int64) * num_blocks + block) * (BLOCK_N + w_long + w_short - 2) * head_dim
 
     first_n = block * BLOCK_N
@@ -288,22 +282,27 @@ def two_simplicial_bwd_dkv_scaled(
         mbarrier.allocate_mbarrier(batch=STAGES),
         mbarrier.allocate_mbarrier(batch=STAGES),
     )
-    tiles = gl.allocate_shared_memory(dtype, [4, ROWS, HEAD_DIM], tile)
+    tiles = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HEAD_DIM], tile)
     scaled = gl.allocate_shared_memory(dtype, [4, ROWS, HEAD_DIM], tile)
     for i in gl.static_range(STAGES):
         mbarrier.init(stream.full.index(i), count=1)
         mbarrier.init(stream.empty.index(i), count=2)
+    PAIRS: gl.constexpr = HEAD_DIM // 2
+    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
+    n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, pairs))
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
+    mask = (n < num_keys)[:, None] & (pair < head_dim // 2)[None, :]
+    _as_pairs(tiles).index(0).store(gl.load(_row_ptrs(_pairs(k_long_ptr), n, stride_kln // 2, pair), mask=mask, other=0))
+    _as_pairs(tiles).index(1).store(gl.load(_row_ptrs(_pairs(v_long_ptr), n, stride_vln // 2, pair), mask=mask, other=0))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_key_gradients, (stream, tiles, scaled, 0, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc,
-                              first_part, part_ks_ptr + first_short, part_vs_ptr + first_short, stride_kln, stride_vln, stride_ksn,
-                              stride_vsn, first_j, end_j, first_n, last_n, num_keys, past, group, head_dim, w_long, w_short, scale,
-                              HEAD_DIM)),
-            (_key_gradients, (stream, tiles, scaled, 1, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc,
-                              first_part + ROWS, part_ks_ptr + first_short, part_vs_ptr + first_short, stride_kln, stride_vln,
-                              stride_ksn, stride_vsn, first_j, end_j, first_n, last_n, num_keys, past, group, head_dim, w_long,
-                              w_short, scale, HEAD_DIM)),
+            (_key_gradients, (stream, tiles, scaled, 0, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part,
+                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_j, end_j, first_n,
+                              last_n, num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM)),
+            (_key_gradients, (stream, tiles, scaled, 1, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part + BLOCK_N,
+                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_j, end_j, first_n,
+                              last_n, num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM)),
             (_stream_rows, (stream, q_desc, grad_out_desc, statistics_desc, batch_head // kv_heads, batch_head % kv_heads * group,
                             batch_head, statistics_desc.shape[0] // 2, first_j, end_j, first_n, last_n, num_keys, past, group, w_long,
                             w_short, HEAD_DIM)),
@@ -319,7 +318,7 @@ VARIANTS = [
         two_simplicial_bwd_dkv_scaled,
         "sm90a",
         {"dtype": dtype, "HEAD_DIM": head_dim},
-        {"BLOCK_N": 128, "STAGES": 3, "num_warps": 4},
+        {"BLOCK_N": 64, "STAGES": 4, "num_warps": 4},
     )
     for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
 ]

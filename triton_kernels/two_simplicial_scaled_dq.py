@@ -23,26 +23,17 @@ from triton_kernels.scaled_tiles import (
     ROWS,
     _as_pairs,
     _keys_of,
+    _lse_and_delta,
     _new_ring,
     _own_steps,
     _pairs,
     _row_ptrs,
     _scale_tiles,
+    _score_gradients,
     _sees_one_pair,
+    _store_rows,
 )
 from triton_kernels.variant import Variant
-
-
-@gluon.jit
-def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single):
-    """dS, 0 for pairs that are not seen."""
-    shift = gl.where((pos >= b) & (pos < b + w_b), -lse2, float("-inf"))
-    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
-    ds = p * (dp - delta[:, None])
-    if at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a) & (pos >= b)[:, None] & (pos < b + w_b)[:, None]
-        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
-    return ds
 
 
 @gluon.jit
@@ -73,20 +64,11 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
         q = q.load(gl.DotOperandLayout(0, s_mma, 2))
     grad_out = qg_smem.index(2 + warpgroup)
 
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_mma))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
-    out_mask = (row < num_rows)[:, None] & (d < head_dim)[None, :]
-    out_offsets = ((row // group).to(gl.int64) * out_stride + row % group)[:, None] * head_dim + d[None, :]
-    out = gl.load(out_ptr + out_offsets, mask=out_mask, other=0.0)
-    delta = gl.convert_layout(gl.sum(grad_out.load(o_mma).to(gl.float32) * out.to(gl.float32), 1), rows)
     row = first_row + gl.arange(0, ROWS, rows)
     pos = row // group + past
     single = _sees_one_pair(pos, keys.w_long, keys.w_short)
-    delta = gl.where(single, 0.0, delta)
-    lse_row = (row % group).to(gl.int64) * num_queries + row // group
-    if has_grad_lse != 0:
-        delta -= gl.load(grad_lse_ptr + lse_row, mask=row < num_rows, other=0.0)
-    lse2 = gl.load(lse_ptr + lse_row, mask=row < num_rows, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
+    lse2, delta = _lse_and_delta(grad_out.load(o_mma), first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride,
+                                 num_queries, num_rows, group, head_dim)  # fmt: skip
     to_exponent = scale * LOG2E
     gl.store(minus_lse_ptr + row, -lse2, mask=row < num_rows)
     gl.store(minus_delta_ptr + row, -delta, mask=row < num_rows)
@@ -111,14 +93,15 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
                 s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp = warpgroup_mma(grad_out, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single)
+                seen = (pos >= b) & (pos < b + w_b)
+                _, ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, pos - w_a, at_edge, seen, single)
                 ds = gl.convert_layout(ds.to(dtype), ds_layout)
                 grad_q_next = warpgroup_mma(ds, ring.k.index(stage), grad_q, is_async=True)
                 grad_q = warpgroup_mma_wait(0, deps=(grad_q_next,))
                 mbarrier.arrive(ring.empty.index(stage))
                 stage, phase = ring.advance(stage, phase)
             stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
-    gl.store(grad_q_ptr + out_offsets, (grad_q * scale).to(dtype), mask=out_mask)
+    _store_rows(grad_q_ptr, (grad_q * scale).to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
 
 @gluon.jit

@@ -61,6 +61,14 @@ class Band:
     w_long: gl.tensor
     w_short: gl.tensor
 
+    @gluon.jit
+    def own_tiles(self, first_pos, last_pos, BLOCK_N: gl.constexpr):
+        """Of the tiles, those that positions first_pos to last_pos see: how many come before, and how many they are."""
+        newest = (self.end_n - 1 - last_pos) // BLOCK_N
+        oldest = (self.end_n - 1 - gl.maximum(first_pos - self.w_long + 1, 0)) // BLOCK_N
+        empty = last_pos < first_pos  # no rows
+        return gl.where(empty, 0, newest), gl.where(empty, 0, oldest - newest + 1)
+
 
 @gluon.jit
 def _band_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
@@ -68,6 +76,15 @@ def _band_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M: gl.cons
     begin_n = gl.maximum(first_row // group + past - w_long + 1, 0)
     last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
     return Band(end_n, gl.cdiv(end_n - begin_n, BLOCK_N), gl.minimum(w_short, last_pos + 1), w_long, w_short)
+
+
+@gluon.jit
+def _block_of(program, num_blocks, num_heads):
+    """The block and head of a program. Blocks of 8 heads at a time: 132 windows of as many heads would not fit the L2 cache."""
+    first_head = program // (8 * num_blocks) * 8
+    heads = gl.minimum(num_heads - first_head, 8)
+    local = program % (8 * num_blocks)
+    return num_blocks - 1 - local // heads, first_head + local % heads  # the most work first
 
 
 @gluon.jit
@@ -86,6 +103,21 @@ def _gather(smem, ptr, stride, first_row, group, shift, num_keys, head_dim):
 
 
 @gluon.jit
+def _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head):
+    """The tiles of an offset."""
+    box: gl.constexpr = k_desc.block_shape
+    for tile in range(1, band.num_tiles + 1):
+        mbarrier.wait(ring.empty.index(stage), phase)
+        full = ring.full.index(stage)
+        at = [batch, band.end_n - tile * box[1], kv_head, 0]
+        mbarrier.expect(full, k_desc.nbytes_per_cta + v_desc.nbytes_per_cta)
+        tma.async_load(k_desc, at, full, ring.k.index(stage).reshape(box))
+        tma.async_load(v_desc, at, full, ring.v.index(stage).reshape(box))
+        stage, phase = ring.advance(stage, phase)
+    return stage, phase
+
+
+@gluon.jit
 def _fetch(ring, short, band, k_desc, v_desc, k_short_ptr, v_short_ptr, stride_ksn, stride_vsn, batch, kv_head, first_row, group,
            past, num_keys, head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
     """The helper: tiles and short rows, in the order in which the warpgroups take them."""
@@ -99,14 +131,7 @@ def _fetch(ring, short, band, k_desc, v_desc, k_short_ptr, v_short_ptr, stride_k
             mbarrier.wait(short.k_empty, short_phase)
             _gather(short.k, k_short_ptr, stride_ksn, first_row, group, past - offset, num_keys, head_dim)
             async_copy.mbarrier_arrive(short.k_full, increment_count=False)
-            for tile in range(1, band.num_tiles + 1):
-                mbarrier.wait(ring.empty.index(stage), phase)
-                full = ring.full.index(stage)
-                at = [batch, band.end_n - tile * BLOCK_N, kv_head, 0]
-                mbarrier.expect(full, 2 * k_desc.nbytes_per_cta)
-                tma.async_load(k_desc, at, full, ring.k.index(stage).reshape([1, BLOCK_N, 1, HEAD_DIM]))
-                tma.async_load(v_desc, at, full, ring.v.index(stage).reshape([1, BLOCK_N, 1, HEAD_DIM]))
-                stage, phase = ring.advance(stage, phase)
+            stage, phase = _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head)
             # These the warpgroups give back at the end of an offset only: asked for earlier, they would hold up the tiles.
             mbarrier.wait(short.v_empty, short_phase)
             _gather(short.v, v_short_ptr, stride_vsn, first_row, group, past - offset, num_keys, head_dim)
@@ -120,7 +145,7 @@ def _fetch(ring, short, band, k_desc, v_desc, k_short_ptr, v_short_ptr, stride_k
 
 @gluon.jit
 def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent,
-          HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PIPE: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
+          HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
     """A warpgroup's sums of P @ V and P over all pairs, relative to a reference of each row. EXACT: its running maximum."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -130,28 +155,25 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
     row_sum = _lane_sums(zero_s)
     out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
-    # The tiles that a row of this warpgroup sees. There are none without rows, where last_pos is before first_pos.
-    own_first = (band.end_n - 1 - last_pos) // BLOCK_N
-    own_num = gl.where(
-        last_pos < first_pos, 0, (band.end_n - 1 - gl.maximum(first_pos - band.w_long + 1, 0)) // BLOCK_N + 1 - own_first)
-    own_first = gl.where(last_pos < first_pos, 0, own_first)
+    before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
     for offset in range(band.num_offsets):
         seen = pos >= offset
+        since = gl.maximum(pos - band.w_long, -1)
         mbarrier.wait(short.k_full, short_phase)
         a = q_smem.index(warpgroup).load(a_layout) * short.k.index(warpgroup).load(a_layout)
         mbarrier.arrive(short.k_empty)
-        stage, phase = ring.skip(own_first, stage, phase)
+        stage, phase = ring.skip(before, stage, phase)
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
         rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_mma))
         if own_num > 0:
-            start = band.end_n - (own_first + 1) * BLOCK_N
+            start = band.end_n - (before + 1) * BLOCK_N
             n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - band.w_long)
+            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
             mbarrier.wait(ring.full.index(stage), phase)
             s = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             p, ref, row_sum, rescale = _weights(
-                s, ref, row_sum, to_exponent, n, pos, band.w_long, at_edge, seen, seen, True, EXACT)  # fmt: skip
+                s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, True, EXACT)  # fmt: skip
             p = gl.convert_layout(p.to(a.dtype), p_layout)
             v_stage = stage
             stage, phase = ring.advance(stage, phase)
@@ -159,13 +181,13 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
             for i in range(1, own_num):
                 start -= BLOCK_N
                 n -= BLOCK_N
-                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - band.w_long)
+                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
                 # P @ V of the tile before runs while the weights of this one are computed.
                 s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s_next,))
                 p_next, ref, row_sum, alpha = _weights(
-                    s, ref, row_sum, to_exponent, n, pos, band.w_long, at_edge, seen, seen, EXACT, EXACT)  # fmt: skip
+                    s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, EXACT, EXACT)  # fmt: skip
                 done_stage = v_stage
                 v_stage = stage
                 stage, phase = ring.advance(stage, phase)
@@ -180,7 +202,7 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
             acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(ring.empty.index(v_stage))
-        stage, phase = ring.skip(band.num_tiles - own_first - own_num, stage, phase)
+        stage, phase = ring.skip(band.num_tiles - before - own_num, stage, phase)
         mbarrier.wait(short.v_full, short_phase)
         v_short = short.v.index(warpgroup).load(o_mma).to(gl.float32)
         out = gl.fma(v_short, acc, out * _over_columns(rescale, out))
@@ -191,7 +213,7 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
 
 @gluon.jit
 def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, out_stride, num_queries, num_rows,
-            group, past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, PIPE: gl.constexpr):  # fmt: skip
+            group, past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: 64 rows from q to out and lse."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_mma)
@@ -205,7 +227,7 @@ def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, strid
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
     begin = gl.to_tensor(0)
     out, row_sum, ref, stage, phase, short_phase = _sums(
-        ring, short, band, begin, begin, begin, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N, PIPE,
+        ring, short, band, begin, begin, begin, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
         False)  # fmt: skip
     in_range = _in_range(ring, warpgroup, out, row_sum, pos, row < num_rows, band.w_long, band.w_short, dtype)
     # Only bad rows take what the second try says: bits of the others must not depend on their neighbours.
@@ -213,7 +235,7 @@ def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, strid
     if ring.is_out_of_range():
         out, row_sum, ref, stage, phase, short_phase = _sums(
             ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
-            PIPE, True)  # fmt: skip
+            True)  # fmt: skip
         mask = (row < num_rows) & (in_range == 0)
         _store(out, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out_stride, head_dim, dtype)
 
@@ -229,14 +251,14 @@ def two_simplicial_fwd_skewed(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
     w_long: "i32", w_short: "i32", scale: "fp32",
-    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PIPE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     num_rows = num_queries * group
     num_blocks = gl.cdiv(num_rows, BLOCK_M)
     num_heads = gl.num_programs(0) // num_blocks
-    first_row = (num_blocks - 1 - gl.program_id(0) // num_heads) * BLOCK_M  # the most work first
-    batch_head = gl.program_id(0) % num_heads
+    block, batch_head = _block_of(gl.program_id(0), num_blocks, num_heads)
+    first_row = block * BLOCK_M
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
     k_short_ptr += batch.to(gl.int64) * stride_ksb + kv_head.to(gl.int64) * stride_ksh
@@ -272,9 +294,9 @@ def two_simplicial_fwd_skewed(
     gl.warp_specialize(
         [
             (_attend, (ring, short, band, q_smem, 0, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
-                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N, PIPE)),
+                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_attend, (ring, short, band, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
-                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N, PIPE)),
+                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_fetch, (ring, short, band, k_long, v_long, k_short_ptr, v_short_ptr, stride_ksn, stride_vsn, batch, kv_head, first_row,
                       group, past, num_keys, head_dim, HEAD_DIM, BLOCK_N, True)),
         ],
@@ -289,7 +311,7 @@ VARIANTS = [
         two_simplicial_fwd_skewed,
         "sm90a",
         {"dtype": dtype, "HEAD_DIM": head_dim},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3, "PIPE": 1, "num_warps": 4},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3 if head_dim == 128 else 6, "num_warps": 4},
     )
     for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
 ]
