@@ -112,7 +112,7 @@ def test_dq_keeps_q_apart_from_the_score_gradients(manifest):
     for row in rows:
         for loop in main_loops(folder / f"{row['name']}.cubin"):
             operands = [m[1] for x in loop if (m := re.search(r"HGMMA\S+ R\d+, (R\d+),", x))]
-            assert len(operands) >= 4
+            assert len(operands) >= 2
             assert len(operands) == len(set(operands)), f"{row['name']}: {operands}"
 
 
