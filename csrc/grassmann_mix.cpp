@@ -5,33 +5,18 @@
 
 #include <algorithm>
 
+#include "products.h"
+
 namespace simplex {
+
 namespace {
-
-using torch::stable::detail::from;
-
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
-Tensor flat(const Tensor& t, int64_t rows) { return torch::stable::view(t, {rows, t.size(-1)}); }
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // t *= factor
 void scale(const Tensor& t, const Tensor& factor) {
+  using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(t), from(factor)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // owns the reference that the call returns
-}
-
-// out = a @ b. Not the functional form: the backward pass may run in a region of autocast, which would cast that one.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -56,10 +41,10 @@ GrassmannMix checked_grassmann_mix(const char* op, const Tensor& z, const Tensor
 namespace {
 
 // The mean [B, L - history, P] and where there is one [B, L - history, 1].
-std::pair<Tensor, Tensor> front_end(const PluckerMean& p) {
+std::pair<Tensor, Tensor> front_end(const PluckerMean& p, const PluckerFrames& frames) {
   Tensor pbar = empty_like_device(p.z, {p.B, p.L - p.history, p.planes()}, p.dtype);
   Tensor seen = empty_like_device(p.z, {p.B, p.L - p.history, 1}, p.dtype);
-  plucker_mean_forward(p, pbar, seen);
+  plucker_mean_forward(p, frames, pbar, seen);
   return {pbar, seen};
 }
 
@@ -70,7 +55,7 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
   if (p.outputs() * weight.size(0) == 0) {
     return empty_like_device(p.z, {p.B, p.L - p.history, weight.size(0)}, p.dtype);
   }
-  const auto [pbar, seen] = front_end(p);
+  const auto [pbar, seen] = front_end(p, plucker_frames(p));
   Tensor g = linear(pbar, weight, bias);
   if (!bias || bias_everywhere) return g;
   if (empty < 0) {
@@ -82,37 +67,46 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
   return g;
 }
 
+Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, bool bias_everywhere) {
+  // Offsets of L or more pair nothing and are not in p.
+  const auto smallest = std::min_element(p.offsets.begin(), p.offsets.end());
+  const int64_t empty = smallest == p.offsets.end() ? p.L : *smallest;
+  return mixed(p, weight, bias, p.valid || p.starts ? -1 : empty, bias_everywhere);
+}
+
+MixGradients mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight, bool bias_everywhere) {
+  const int64_t d = weight.size(0);
+  Tensor grad_z = empty_like_device(p.z, {p.B, p.L, p.r}, p.dtype);
+  Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
+  Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
+  const PluckerFrames frames = plucker_frames(p);
+  auto [pbar, seen] = front_end(p, frames);
+  if (bias_everywhere) torch::stable::fill_(seen, 1.0);
+  const Tensor grad = flat(grad_g, p.tokens()), mean = flat(pbar, p.tokens());
+  multiply(transposed(grad), mean, grad_weight);
+  multiply(transposed(grad), flat(seen, p.tokens()), torch::stable::view(grad_bias, {d, 1}));
+  multiply(grad, weight, mean);  // no longer needed: its buffer takes its gradient
+  plucker_mean_backward(p, frames, pbar, grad_z);
+  return {grad_z, grad_weight, grad_bias};
+}
+
 namespace {
 
 Tensor grassmann_mix(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                      const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
   const auto [p, d] = checked_grassmann_mix("grassmann_mix", z, weight, bias, offsets, valid, cu_seqlens);
-  const int64_t empty = std::min(*std::min_element(offsets.begin(), offsets.end()), p.L);
-  return mixed(p, weight, bias, p.valid || p.starts ? -1 : empty, bias_everywhere);
+  return mixed(p, weight, bias, bias_everywhere);
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-Gradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Tensor& weight,
-                                 const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
-                                 const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
+MixGradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Tensor& weight,
+                                    const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                                    const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
   constexpr const char* op = "grassmann_mix_backward";
   const auto [p, d] = checked_grassmann_mix(op, z, weight, std::nullopt, offsets, valid, cu_seqlens);
   expect_sizes(op, "grad_g", grad_g, {p.B, p.L, d}, "batch and length of z, d of weight");
   expect_like(op, "grad_g", grad_g, "z", z);
-
-  Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
-  Tensor grad_weight = empty_like_device(z, {d, p.planes()}, p.dtype);
-  Tensor grad_bias = empty_like_device(z, {d}, p.dtype);
-  auto [pbar, seen] = front_end(p);
-  if (bias_everywhere) torch::stable::fill_(seen, 1.0);
-  const Tensor grad = flat(packed(grad_g), p.tokens()), mean = flat(pbar, p.tokens());
-  multiply(transposed(grad), mean, grad_weight);
-  multiply(transposed(grad), flat(seen, p.tokens()), torch::stable::view(grad_bias, {d, 1}));
-  multiply(grad, weight, mean);  // no longer needed: its buffer takes its gradient
-  plucker_mean_backward(p, pbar, grad_z);
-  return {grad_z, grad_weight, grad_bias};
+  return mix_gradients(p, packed(grad_g), weight, bias_everywhere);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Grassmann mixing (arXiv 2512.19428): what grassmann_mix and grassmann_step, its decoding form, share.
+// Grassmann mixing (arXiv 2512.19428): what grassmann_mix, grassmann_layer around it and
+// grassmann_step, its decoding form, share.
 #pragma once
 
 #include "plucker_mean.h"
@@ -18,5 +19,12 @@ GrassmannMix checked_grassmann_mix(const char* op, const Tensor& z, const Tensor
 // outputs of each row are known to have no pair; negative if p.valid or p.starts leave that to be found out.
 Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, int64_t empty,
              bool bias_everywhere);
+
+// The same of whole sequences.
+Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, bool bias_everywhere);
+
+// With respect to z, weight and bias. grad_g: packed() [B, L, d].
+using MixGradients = std::tuple<Tensor, Tensor, Tensor>;
+MixGradients mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight, bool bias_everywhere);
 
 }  // namespace simplex

@@ -1,5 +1,6 @@
 #include "plucker_mean.h"
 
+#include <algorithm>
 #include <array>
 
 #include "elements.h"
@@ -60,11 +61,19 @@ PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vec
 namespace {
 
 const KernelFamily kOffsets("plucker_mean_offsets", {});
-const KernelFamily kForward("plucker_mean_fwd", {"dtype", "HEAD_DIM"});
+const KernelFamily kFrame("plucker_mean_frame", {"dtype", "HEAD_DIM"});
+const KernelFamily kForward("plucker_mean_fwd", {"dtype"});
+const KernelFamily kBackwardFrame("plucker_mean_bwd_frame", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardToken("plucker_mean_bwd_token", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardGather("plucker_mean_bwd_gather", {"dtype", "HEAD_DIM"});
 
-// One call's device, stream, key and the offsets in the device's memory.
+// So many offsets are arguments of the kernels.
+constexpr size_t kFewOffsets = 8;
+
+int64_t padded_rank(const PluckerMean& p) { return (p.r + 7) / 8 * 8; }
+
+int32_t as_i32(int64_t value) { return static_cast<int32_t>(value); }
+
+// One call's device, stream and key.
 class Launch {
  public:
   explicit Launch(const PluckerMean& p)
@@ -72,30 +81,81 @@ class Launch {
         device_(p.z.get_device_index()),
         stream_(current_cuda_stream(device_)),
         dtype_(dtype_constant(p.z)),
-        offsets_(write_offsets()) {
-    STD_TORCH_CHECK(p.tokens() < int64_t{1} << 30, "plucker_mean: ", p.tokens(), " tokens exceed a CUDA grid");
+        width_(as_i32(padded_rank(p))) {
+    STD_TORCH_CHECK(p.tokens() < int64_t{1} << 29, "plucker_mean: ", p.tokens(), " tokens exceed a CUDA grid");
   }
 
-  void operator()(const KernelFamily& family, std::initializer_list<Arg> pointers) const {
-    const Kernel& kernel = family.find(device_, {dtype_, p_.r <= 32 ? 32 : kMaxRank});
-    const int64_t block = kernel["BLOCK_T"];
-    std::vector<Arg> args = {{"z_ptr", p_.z.const_data_ptr()},
+  // A kernel that pairs tokens.
+  void pairs(const KernelFamily& family, const PluckerFrames& frames, std::initializer_list<Arg> own) const {
+    const Kernel& kernel = family.find(device_, {dtype_, head_dim()});
+    int32_t o[kFewOffsets] = {};
+    if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
+    std::vector<Arg> args = {{"z_ptr", frames.z.const_data_ptr()},
                              {"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
                              {"cu_seqlens_ptr", (p_.starts ? *p_.starts : p_.z).const_data_ptr()},
-                             {"offsets_ptr", offsets_.const_data_ptr()}};
-    args.insert(args.end(), pointers);
-    args.insert(args.end(), {{"num_tokens", static_cast<int32_t>(p_.outputs())},
-                             {"length", static_cast<int32_t>(p_.L)},
-                             {"r", static_cast<int32_t>(p_.r)},
-                             {"num_offsets", static_cast<int32_t>(p_.offsets.size())},
-                             {"has_valid", static_cast<int32_t>(p_.valid.has_value())},
-                             {"num_sequences", static_cast<int32_t>(p_.sequences())},
+                             {"offsets_ptr", (frames.offsets ? *frames.offsets : p_.z).const_data_ptr()}};
+    for (size_t i = 0; i < kFewOffsets; ++i) args.push_back({kOffsetNames[i], o[i]});
+    args.push_back({"frame_ptr", frames.frame->const_data_ptr()});
+    args.insert(args.end(), own);
+    args.insert(args.end(), {{"num_tokens", as_i32(p_.outputs())},
+                             {"length", as_i32(p_.L)},
+                             {"width", width_},
+                             {"num_offsets", as_i32(p_.offsets.size())},
+                             {"has_valid", as_i32(p_.valid.has_value())},
+                             {"num_sequences", as_i32(p_.sequences())},
                              {"search_steps", search_steps()}});
-    const auto blocks = static_cast<unsigned>((p_.outputs() + block - 1) / block);
-    launch(kernel, device_, stream_, {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
+    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), 1, 1};
+    launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
+  }
+
+  // A kernel of the planes: a program has `part` of the `whole` of each of its tokens.
+  void planes(const Kernel& kernel, const PluckerFrames& frames, int64_t whole, int64_t part, const Arg& first,
+              const Arg& second) const {
+    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), blocks(whole, part), 1};
+    launch(kernel, device_, stream_, grid,
+           {{"frame_ptr", frames.frame->const_data_ptr()},
+            {"count_ptr", frames.count->const_data_ptr()},
+            first,
+            second,
+            {"num_tokens", as_i32(p_.outputs())},
+            {"r", as_i32(p_.r)},
+            {"width", width_}});
+  }
+
+  void forward(const PluckerFrames& frames, Tensor& pbar, Tensor& seen) const {
+    const Kernel& kernel = kForward.find(device_, {dtype_});
+    planes(kernel, frames, p_.planes(), kernel["BLOCK_P"], {"pbar_ptr", pbar.const_data_ptr()},
+           {"seen_ptr", seen.const_data_ptr()});
+  }
+
+  void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
+    const Kernel& kernel = kBackwardFrame.find(device_, {dtype_, head_dim()});
+    planes(kernel, frames, p_.r, kernel["BLOCK_R"], {"grad_pbar_ptr", grad_pbar.const_data_ptr()},
+           {"turn_ptr", turn.const_data_ptr()});
+  }
+
+  // As arguments of a kernel: a copy from the CPU could not be captured in a CUDA graph, and would wait for the GPU.
+  Tensor many_offsets() const {
+    const size_t count = (p_.offsets.size() + kFewOffsets - 1) / kFewOffsets * kFewOffsets;
+    const Tensor offsets = empty_like_device(p_.z, {static_cast<int64_t>(count)}, ScalarType::Int);
+    for (size_t first = 0; first < count; first += kFewOffsets) {
+      std::vector<Arg> args = {{"offsets_ptr", offsets.const_data_ptr()}, {"first", as_i32(first)}};
+      for (size_t i = 0; i < kFewOffsets; ++i) {
+        const bool given = first + i < p_.offsets.size();
+        args.push_back({kOffsetNames[i], as_i32(given ? p_.offsets[first + i] : 0)});
+      }
+      launch(kOffsets.find(device_, {}), device_, stream_, {1, 1, 1}, Span<Arg>(args.data(), args.size()));
+    }
+    return offsets;
   }
 
  private:
+  static constexpr const char* kOffsetNames[kFewOffsets] = {"o0", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
+
+  static unsigned blocks(int64_t whole, int64_t part) { return static_cast<unsigned>((whole + part - 1) / part); }
+
+  int64_t head_dim() const { return width_ <= 32 ? 32 : width_ <= 64 ? 64 : kMaxRank; }
+
   // Of the bisection that finds a token's sequence.
   int32_t search_steps() const {
     int32_t steps = 0;
@@ -103,57 +163,62 @@ class Launch {
     return steps;
   }
 
-  // As arguments of a kernel: a copy from the CPU could not be captured in a CUDA graph, and would wait for the GPU.
-  Tensor write_offsets() const {
-    constexpr size_t kAtOnce = 8;
-    constexpr std::array<const char*, kAtOnce> names = {"o0", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
-    const size_t count = (p_.offsets.size() + kAtOnce - 1) / kAtOnce * kAtOnce;
-    const Tensor offsets = empty_like_device(p_.z, {static_cast<int64_t>(count)}, ScalarType::Int);
-    for (size_t first = 0; first < count; first += kAtOnce) {
-      std::vector<Arg> args = {{"offsets_ptr", offsets.const_data_ptr()}, {"first", static_cast<int32_t>(first)}};
-      for (size_t i = 0; i < kAtOnce; ++i) {
-        const bool given = first + i < p_.offsets.size();
-        args.push_back({names[i], static_cast<int32_t>(given ? p_.offsets[first + i] : 0)});
-      }
-      launch(kOffsets.find(device_, {}), device_, stream_, {1, 1, 1}, Span<Arg>(args.data(), args.size()));
-    }
-    return offsets;
-  }
-
   const PluckerMean& p_;
   int device_;
   void* stream_;
   int64_t dtype_;
-  Tensor offsets_;
+  int32_t width_;
 };
 
-void forward_cuda(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
-  const Launch launch(p);
-  launch(kForward, {{"pbar_ptr", pbar.const_data_ptr()},
-                    {"seen_ptr", seen.const_data_ptr()},
-                    {"history", static_cast<int32_t>(p.history)}});
+// z with rows of whole 16 bytes.
+Tensor padded(const PluckerMean& p) {
+  const int64_t width = padded_rank(p);
+  if (width == p.r) return p.z;
+  Tensor wide = torch::stable::new_zeros(p.z, {p.B, p.L, width});
+  Tensor rows = torch::stable::narrow(wide, 2, 0, p.r);
+  torch::stable::copy_(rows, p.z);
+  return wide;
 }
 
-void backward_cuda(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
+void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
   const Launch launch(p);
-  const Tensor own = empty_like_device(p.z, {p.B, p.L, p.r}, ScalarType::Float);
-  const Tensor share = empty_like_device(p.z, {p.B, p.L, p.r}, ScalarType::Float);
-  launch(kBackwardToken, {{"grad_pbar_ptr", grad_pbar.const_data_ptr()},
-                          {"own_ptr", own.const_data_ptr()},
-                          {"share_ptr", share.const_data_ptr()}});
-  launch(kBackwardGather, {{"own_ptr", own.const_data_ptr()},
-                           {"share_ptr", share.const_data_ptr()},
-                           {"grad_z_ptr", grad_z.const_data_ptr()}});
+  const Tensor turn = empty_like_device(p.z, {p.B, p.L, 2, padded_rank(p)}, ScalarType::Float);
+  launch.backward(frames, grad_pbar, turn);
+  const bool exact = padded_rank(p) == p.r;
+  const Tensor wide = exact ? grad_z : empty_like_device(p.z, {p.B, p.L, padded_rank(p)}, p.dtype);
+  launch.pairs(kBackwardToken, frames, {{"turn_ptr", turn.const_data_ptr()}, {"grad_z_ptr", wide.const_data_ptr()}});
+  if (!exact) torch::stable::copy_(grad_z, torch::stable::narrow(const_cast<Tensor&>(wide), 2, 0, p.r));
 }
 
 }  // namespace
 
-void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
-  if (p.outputs() > 0) (p.z.is_cpu() ? plucker_mean_forward_cpu : forward_cuda)(p, pbar, seen);
+PluckerFrames plucker_frames(const PluckerMean& p) {
+  if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};
+  const Launch launch(p);
+  PluckerFrames frames{padded(p), {}, {}, {}};
+  if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
+  frames.frame = empty_like_device(p.z, {p.outputs(), 2, padded_rank(p)}, ScalarType::Float);
+  frames.count = empty_like_device(p.z, {p.outputs()}, ScalarType::Float);
+  launch.pairs(kFrame, frames, {{"count_ptr", frames.count->const_data_ptr()}, {"history", as_i32(p.history)}});
+  return frames;
 }
 
-void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
-  if (p.tokens() > 0) (p.z.is_cpu() ? plucker_mean_backward_cpu : backward_cuda)(p, grad_pbar, grad_z);
+void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames, Tensor& pbar, Tensor& seen) {
+  if (p.outputs() == 0) return;
+  if (p.z.is_cpu()) {
+    plucker_mean_forward_cpu(p, pbar, seen);
+  } else {
+    Launch(p).forward(frames, pbar, seen);
+  }
+}
+
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
+  if (p.tokens() == 0) return;
+  if (p.z.is_cpu()) {
+    plucker_mean_backward_cpu(p, grad_pbar, grad_z);
+  } else {
+    backward_cuda(p, frames, grad_pbar, grad_z);
+  }
 }
 
 // ---- The op
@@ -165,7 +230,7 @@ Tensor plucker_mean(const Tensor& z, const std::vector<int64_t>& offsets, const 
   const auto p = checked_plucker_mean("plucker_mean", z, offsets, valid, cu_seqlens);
   Tensor pbar = empty_like_device(z, {p.B, p.L, p.planes()}, p.dtype);
   Tensor seen = empty_like_device(z, {p.B, p.L}, p.dtype);
-  plucker_mean_forward(p, pbar, seen);
+  plucker_mean_forward(p, plucker_frames(p), pbar, seen);
   return pbar;
 }
 
@@ -176,7 +241,7 @@ Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const 
   expect_sizes(op, "grad_pbar", grad_pbar, {p.B, p.L, p.planes()}, "batch and length of z, r * (r - 1) / 2");
   expect_like(op, "grad_pbar", grad_pbar, "z", z);
   Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
-  plucker_mean_backward(p, packed(grad_pbar), grad_z);
+  plucker_mean_backward(p, plucker_frames(p), packed(grad_pbar), grad_z);
   return grad_z;
 }
 

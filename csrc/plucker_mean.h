@@ -30,11 +30,21 @@ struct PluckerMean {
 PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
                                  const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens);
 
+// On CUDA, what both passes begin with; nothing on the CPU, which goes token by token.
+struct PluckerFrames {
+  Tensor z;                       // [B, L, width], width: r padded with zeros to a multiple of 8
+  std::optional<Tensor> offsets;  // int32, if they are too many to be arguments of a kernel
+  std::optional<Tensor> frame;    // fp32 [outputs, 2, width]: the unit token and the mean direction of its pairs
+  std::optional<Tensor> count;    // fp32 [outputs]: N_t
+};
+
+PluckerFrames plucker_frames(const PluckerMean& p);
+
 // pbar: packed() [B, L - history, P]. seen: packed() [B, L - history] of z's dtype, 1 where N_t > 0 and 0 elsewhere.
 // Both are written whole.
-void plucker_mean_forward(const PluckerMean& p, Tensor& pbar, Tensor& seen);
+void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames, Tensor& pbar, Tensor& seen);
 // grad_pbar: packed() [B, L, P]. grad_z: packed() [B, L, r], written whole.
-void plucker_mean_backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);

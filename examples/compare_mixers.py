@@ -1,7 +1,7 @@
-"""Train decoders that differ in their mixer, of equal size, on the same tokens, and compare what they reach and cost.
+"""`train_lm.py --mixer grassmann sdpa two_simplicial`: decoders that differ in their mixer, of equal size, as a table and plot.
 
     pip install tokenizers matplotlib tqdm
-    python examples/compare_mixers.py --steps 2000 --out compare_out
+    python examples/train_lm.py --mixer grassmann sdpa two_simplicial --steps 2000 --out compare_out
 
 Corpus: the sources of the Python standard library (PSF License Version 2), every 20th file for validation, as tokens of a
 byte-level BPE trained on the rest. They are kept in OUT/tokens.pt, so that a machine without `tokenizers` can go on.
@@ -23,16 +23,15 @@ from train_lm import Batches, loss_of, make_optimizer, read_stdlib, schedule
 
 from simplex_ops.models import DecoderConfig, DecoderLM, interleave
 
-DEPTH = 4
-LAYERS = {
-    "grassmann": ("grassmann",) * DEPTH,
-    "sdpa": ("sdpa",) * DEPTH,
-    "two_simplicial": interleave(DEPTH),
-}
+DEPTH, VOCABULARY = 4, 8192
 SIZES = {  # dim, heads, kv_heads, head_dim; batch, length
     "cpu": (dict(dim=128, heads=4, kv_heads=4, head_dim=32), 8, 128),
     "cuda": (dict(dim=512, heads=8, kv_heads=8, head_dim=64), 32, 1024),
 }
+
+
+def layers_of(mixer: str) -> tuple[str, ...]:
+    return interleave(DEPTH) if mixer == "two_simplicial" else (mixer,) * DEPTH
 
 
 def read_tokens(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +42,7 @@ def read_tokens(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:
         texts = [bytes(part.tolist()).decode(errors="replace") for part in read_stdlib()]
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(texts[0].split("\n\n"), vocab_size=vocab_size, show_progress=False)
-        parts = [torch.tensor(tokenizer.encode(text).ids, dtype=torch.int32) for text in texts]
+        parts = [torch.tensor(tokenizer.encode(text).ids, dtype=torch.int16) for text in texts]
         torch.save({"tokens": parts, "vocab_size": vocab_size}, path)
     saved = torch.load(path)
     if saved["vocab_size"] != vocab_size:
@@ -92,7 +91,7 @@ def train(name: str, model: nn.Module, batches: Batches, valid: list[Tensor], ar
             curve.append(((step + 1) * tokens[:, 1:].numel(), perplexity(model, valid)))
     trained = (args.steps - 3) * tokens[:, 1:].numel()
     return {
-        "mixer": name, "layers": LAYERS[name], "mlp_dim": model.config.mlp_dim, "parameters": model.num_parameters(),
+        "mixer": name, "layers": model.config.layers, "mlp_dim": model.config.mlp_dim, "parameters": model.num_parameters(),
         "perplexity": curve[-1][1], "tokens/s": trained / seconds if seconds else None,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None, "curve": curve,
     }  # fmt: skip
@@ -122,37 +121,26 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("compare_out"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def compare(args: argparse.Namespace) -> None:
+    args.steps = args.steps or 2000
     sizes, batch, length = SIZES["cuda" if args.device.startswith("cuda") else "cpu"]
-    train_tokens, valid_tokens = read_tokens(args.out / "tokens.pt", args.vocabulary)
+    train_tokens, valid_tokens = read_tokens(args.out / "tokens.pt", VOCABULARY)
     valid_batches = Batches(valid_tokens, batch, length, args.seed + 1, args.device)
     valid = [valid_batches.next() for _ in range(16)]
 
-    base = DecoderConfig(args.vocabulary, **sizes, mlp_dim=8 * sizes["dim"] // 3 // 8 * 8, layers=LAYERS["sdpa"])
+    base = DecoderConfig(VOCABULARY, **sizes, mlp_dim=8 * sizes["dim"] // 3 // 8 * 8, layers=layers_of("sdpa"))
     with torch.device("meta"):
         parameters = DecoderLM(base).num_parameters()
     rows = []
-    for name in args.mixers:
+    for name in args.mixer:
         torch.manual_seed(args.seed)
-        model = DecoderLM(equally_large(replace(base, layers=LAYERS[name]), parameters)).to(args.device)
+        model = DecoderLM(equally_large(replace(base, layers=layers_of(name)), parameters)).to(args.device)
         batches = Batches(train_tokens, batch, length, args.seed, args.device)
         rows.append(train(name, model, batches, valid, args))
         del model
-    (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    run = {"seed": args.seed, "steps": args.steps, "batch": batch, "length": length, "lr": args.lr, "device": machine}
+    (args.out / "table.json").write_text(json.dumps(run | {"rows": rows}, indent=1) + "\n")
     (args.out / "table.md").write_text(table(rows))
     plot(rows, args.out / "curves.png")
     print(table(rows), end="")
-
-
-if __name__ == "__main__":
-    main()

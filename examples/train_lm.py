@@ -6,7 +6,8 @@ standard library. Run `make demo`, or with simplex_ops and matplotlib installed:
     python examples/train_lm.py --seconds 60 --out demo_out
 
 `--model dense mod sdt stt` trains these models side by side instead: with some of the tokens routed past every other
-layer, next to a dense one of as many parameters (routed_lm.py, which writes a table and plots).
+layer, next to a dense one of as many parameters (routed_lm.py, which writes a table and plots). `--mixer` with several names
+compares models of these mixers on tokens of a BPE (compare_mixers.py, likewise).
 
 The output folder gets both validation curves (curves.png, curves.json), a sample, and the trained model as an
 AOTInductor package, a TorchScript file and a state_dict, which `reload_lm.py` checks in a fresh process.
@@ -66,11 +67,17 @@ SETUPS = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     routed = ("mod", "sdt", "stt")
-    mixers = [name for name in layer_names() if not name.startswith("sdpa") and name not in routed]
+    mixers = [name for name in layer_names() if not name.startswith("sdpa_") and name not in routed]
     parser.add_argument(
         "--model", nargs="+", choices=("dense", *routed), help="compare these instead of a mixer and its twin"
     )
-    parser.add_argument("--mixer", choices=mixers, default="two_simplicial", help="mixer of every fourth layer")
+    parser.add_argument(
+        "--mixer",
+        nargs="+",
+        choices=mixers,
+        default=["two_simplicial"],
+        help="mixer of every fourth layer; several: compare",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
     parser.add_argument("--batch", type=int, help="texts a step, instead of what the device trains well")
@@ -235,9 +242,15 @@ def main() -> None:
 
         compare(setup, args)
         return
-    config = replace(setup.config, layers=interleave(len(setup.config.layers), args.mixer))
+    if len(args.mixer) > 1:
+        from compare_mixers import compare
+
+        compare(args)
+        return
+    (mixer,) = args.mixer
+    config = replace(setup.config, layers=interleave(len(setup.config.layers), mixer))
     models = {}
-    for name, its_config in ((args.mixer, config), ("sdpa", dot_product_twin(config))):
+    for name, its_config in ((mixer, config), ("sdpa", dot_product_twin(config))):
         torch.manual_seed(args.seed)
         models[name] = DecoderLM(its_config).to(args.device)
         print(f"{name}: {models[name].num_parameters():,} parameters, layers {', '.join(its_config.layers)}")
@@ -247,17 +260,17 @@ def main() -> None:
     valid = Batches(valid_text, setup.batch, setup.length, args.seed + 1, args.device)
     curves = train(models, batches, [valid.next() for _ in range(16)], args)
     (args.out / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
-    title = f"Python standard library, {models[args.mixer].num_parameters():,} parameters each"
+    title = f"Python standard library, {models[mixer].num_parameters():,} parameters each"
     plot(curves, title, args.out / "curves.png")
 
     prompt = torch.tensor([list(b"def ")], device=args.device)
-    sample = bytes(models[args.mixer].generate(prompt, 300, 0.7)[0].tolist()).decode(errors="replace")
+    sample = bytes(models[mixer].generate(prompt, 300, 0.7)[0].tolist()).decode(errors="replace")
     (args.out / "sample.txt").write_text(sample)
-    print(f"--- sample of {args.mixer}\n{sample}\n---")
+    print(f"--- sample of {mixer}\n{sample}\n---")
 
     if not args.no_export:
         print("exporting: state_dict, TorchScript, AOTInductor (compiles C++, takes a while)")
-        export(models[args.mixer], valid.next()[:2, :100], args.out)
+        export(models[mixer], valid.next()[:2, :100], args.out)
         reload_lm = Path(__file__).with_name("reload_lm.py")
         subprocess.run([sys.executable, str(reload_lm), str(args.out)], check=True)
     print(f"wrote {', '.join(sorted(path.name for path in args.out.iterdir()))} to {args.out}/")

@@ -6,6 +6,7 @@ from typing import Any
 from . import _library as _library  # first: it loads the ops that the modules below describe
 from .causal_route_logits import causal_route_logits
 from .grassmann_blend import grassmann_blend
+from .grassmann_layer import grassmann_layer
 from .grassmann_mix import grassmann_mix
 from .grassmann_step import grassmann_step
 from .info import Info, info
@@ -19,6 +20,7 @@ __all__ = [
     "Info",
     "causal_route_logits",
     "grassmann_blend",
+    "grassmann_layer",
     "grassmann_mix",
     "grassmann_step",
     "info",

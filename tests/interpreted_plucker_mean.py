@@ -8,36 +8,44 @@ from triton_kernels import plucker_mean as kernels
 
 def run(problem, head_dim, block, history):
     """pbar, seen and, without a history, dz, by the launches that csrc/plucker_mean.cpp makes."""
-    z, valid = problem.inputs["z"], problem.valid
-    batch, length, r = z.shape
+    valid, starts, r = problem.valid, problem.cu_seqlens, problem.inputs["z"].shape[-1]
+    z = torch.nn.functional.pad(problem.inputs["z"], (0, -r % 8))
+    batch, length, width = z.shape
     kept = [offset for offset in problem.offsets if offset < length]
-    offsets = torch.full((-(-len(kept) // 8) * 8,), -1, dtype=torch.int32)
-    for first in range(0, len(kept), 8):
-        group = (kept[first : first + 8] + [0] * 8)[:8]
-        kernels.plucker_mean_offsets[(1,)](offsets, first, **{f"o{i}": offset for i, offset in enumerate(group)})
-    starts = problem.cu_seqlens
+    few, offsets = dict.fromkeys((f"o{i}" for i in range(8)), -1), z
+    if len(kept) <= 8:
+        few |= {f"o{i}": offset for i, offset in enumerate(kept)}
+    else:
+        offsets = torch.full((-(-len(kept) // 8) * 8,), -1, dtype=torch.int32)
+        for first in range(0, len(kept), 8):
+            group = (kept[first : first + 8] + [0] * 8)[:8]
+            kernels.plucker_mean_offsets[(1,)](offsets, first, **{f"o{i}": offset for i, offset in enumerate(group)})
     sequences = 0 if starts is None else len(starts) - 1
-    shared = dict(
-        z_ptr=z, cu_seqlens_ptr=z if starts is None else starts, num_sequences=sequences,
-        search_steps=max(0, sequences - 1).bit_length(), valid_ptr=z if valid is None else valid.to(torch.int8),
-        offsets_ptr=offsets, num_tokens=batch * length, length=length, r=r, num_offsets=len(kept),
-        has_valid=int(valid is not None), HEAD_DIM=head_dim, BLOCK_T=block,
-    )  # fmt: skip
-    grid = (-(-batch * length // block),)
+    outputs = batch * (length - history)
 
     def nan(*shape, dtype=torch.float32):
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    outputs = length - history
-    pbar, seen = nan(batch, outputs, r * (r - 1) // 2, dtype=z.dtype), nan(batch, outputs, dtype=z.dtype)
-    few = {"num_tokens": batch * outputs, "history": history}
-    kernels.plucker_mean_fwd[(-(-batch * outputs // block),)](pbar_ptr=pbar, seen_ptr=seen, **(shared | few))
+    frame, count = nan(outputs, 2, width), nan(outputs)
+    pairs = few | dict(
+        z_ptr=z, cu_seqlens_ptr=z if starts is None else starts, num_sequences=sequences,
+        search_steps=max(0, sequences - 1).bit_length(), valid_ptr=z if valid is None else valid.to(torch.int8),
+        offsets_ptr=offsets, num_tokens=outputs, length=length, width=width, num_offsets=len(kept),
+        has_valid=int(valid is not None), frame_ptr=frame, HEAD_DIM=head_dim, BLOCK_T=block,
+    )  # fmt: skip
+    planes = dict(frame_ptr=frame, count_ptr=count, num_tokens=outputs, r=r, width=width, BLOCK_T=block)
+    grid = (-(-outputs // block),)
+    kernels.plucker_mean_frame[grid](count_ptr=count, history=history, **pairs)
+    pbar = nan(batch, length - history, r * (r - 1) // 2, dtype=z.dtype)
+    seen = nan(batch, length - history, dtype=z.dtype)
+    kernels.plucker_mean_fwd[(*grid, -(-pbar.shape[-1] // 64))](pbar_ptr=pbar, seen_ptr=seen, BLOCK_P=64, **planes)
     if history > 0:
         return pbar, seen, None
-    own, share, grad_z = nan(*z.shape), nan(*z.shape), nan(*z.shape, dtype=z.dtype)
-    kernels.plucker_mean_bwd_token[grid](grad_pbar_ptr=problem.grad, own_ptr=own, share_ptr=share, **shared)
-    kernels.plucker_mean_bwd_gather[grid](own_ptr=own, share_ptr=share, grad_z_ptr=grad_z, **shared)
-    return pbar, seen, grad_z
+    turn, grad_z = nan(outputs, 2, width), nan(*z.shape, dtype=z.dtype)
+    of_planes = planes | {"HEAD_DIM": max(head_dim, 16), "BLOCK_R": 16}  # several tiles where HEAD_DIM is larger
+    kernels.plucker_mean_bwd_frame[(*grid, -(-r // 16))](grad_pbar_ptr=problem.grad, turn_ptr=turn, **of_planes)
+    kernels.plucker_mean_bwd_token[grid](turn_ptr=turn, grad_z_ptr=grad_z, **pairs)
+    return pbar, seen, grad_z[..., :r]
 
 
 def run_case(block, head_dim=16, dtype="float32", history=0, **case):

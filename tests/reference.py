@@ -186,6 +186,12 @@ def grassmann_blend(h, g, logits):
     return alpha * h + (1 - alpha) * g
 
 
+def grassmann_layer(x, w_reduce, b_reduce, w_expand, b_expand, w_gate_x, w_gate_g, b_gate, offsets, **options):
+    """Reduce, mix, expand, and blend by a gate of both."""
+    g = grassmann_mix(x @ w_reduce.mT + b_reduce, w_expand, b_expand, offsets, **options)
+    return grassmann_blend(x, g, x @ w_gate_x.mT + g @ w_gate_g.mT + b_gate)
+
+
 def _sequences(cu_seqlens):
     bounds = cu_seqlens.tolist()
     return [slice(*pair) for pair in itertools.pairwise(bounds)]

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck|racecheck|synccheck --error-exitcode 1 python tests/sanitized_calls.py SYSTEM [DTYPE D ...]
 
 SYSTEM is simplicial, grassmann or routing. racecheck takes minutes: give it one dtype, and for the simplicial system the
-head dims 64 (both tile modes), 32 and 256, a process each.
+head dims 64 (both tile modes), 32 and 256, a process each. It finds hazards in cuBLAS (nvjet kernels): in the grassmann system
+`--kernel-name kns=plucker` or `kns=grassmann` leaves ours.
 """
 
 import itertools
@@ -55,6 +56,10 @@ def grassmann(dtype, dims):
         g = simplex_ops.grassmann_mix(z, weight, None, (1, 2, 4, 40)).detach().requires_grad_()
         h, logits = (torch.randn_like(g, requires_grad=True) for _ in range(2))
         differentiate([simplex_ops.grassmann_blend(h, g, logits)], [h, g, logits])
+        dim, planes = (128 if r == 32 else 24), weight.shape[1]  # the gate's own kernel takes multiples of 128
+        shapes = (2, length, dim), (r, dim), (r,), (dim, planes), (dim,), (dim, dim), (dim, dim), (dim,)
+        layer = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+        differentiate([simplex_ops.grassmann_layer(*layer, (1, 2, 4, 40), valid=valid)], layer)
         ring = torch.zeros(2, 5, r, device="cuda", dtype=dtype)
         for position in range(0, length, 3):
             simplex_ops.grassmann_step(z[:, position : position + 3], ring, weight, None, (1, 5), position)

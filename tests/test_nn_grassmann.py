@@ -1,5 +1,7 @@
 """GrassmannMixing and its mixer: numbers against plain torch, decoding, script and export."""
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -17,9 +19,9 @@ CHUNKS = [[1] * 40, [40], [5, 1, 1, 20, 1, 12], [6, 1, 7, 1, 25]]
 
 
 def explicit(layer, x, **options):
-    z = F.linear(x, layer.reduce.weight, layer.reduce.bias)
-    g = reference.grassmann_mix(z, layer.expand.weight, layer.expand.bias, layer.offsets, **options)
-    y = reference.grassmann_blend(x, g, x @ layer.gate_x.weight.T + g @ layer.gate_g.weight.T + layer.gate_g.bias)
+    gates = layer.gate_x.weight, layer.gate_g.weight, layer.gate_g.bias
+    weights = layer.reduce.weight, layer.reduce.bias, layer.expand.weight, layer.expand.bias, *gates
+    y = reference.grassmann_layer(x, *weights, layer.offsets, **options)
     return y @ layer.out.weight.T + layer.out.bias if isinstance(layer.out, nn.Linear) else y
 
 
@@ -178,6 +180,17 @@ def test_lm_decodes_what_it_sees_whole(device, chunks):
     torch.testing.assert_close(torch.cat(outputs, 1), model(tokens), rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_lm_of_packed_texts(device):
+    """So many calls; together they may be longer than the positions reach."""
+    model = small_lm().to(device)
+    tokens = torch.randint(64, (1, 90), device=device)
+    bounds = [0, 40, 40, 41, 77, 90]
+    whole = model(tokens, cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device))
+    parts = [model(tokens[:, begin:end]) for begin, end in itertools.pairwise(bounds)]
+    torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
+
+
 def test_lm_learns(device):
     model = small_lm().to(device)
     tokens = torch.arange(8, device=device).repeat(4, 5)
@@ -192,9 +205,10 @@ def test_lm_learns(device):
 
 
 def test_lm_scripts():
-    model = small_lm()
-    tokens = torch.randint(64, (2, 20))
-    torch.testing.assert_close(torch.jit.script(model)(tokens), model(tokens))
+    model, tokens = small_lm(), torch.randint(64, (1, 20))
+    scripted = torch.jit.script(model)
+    for starts in (None, torch.tensor([0, 7, 20], dtype=torch.int32)):
+        torch.testing.assert_close(scripted(tokens, cu_seqlens=starts), model(tokens, cu_seqlens=starts))
 
 
 def test_lm_refuses():

@@ -218,7 +218,7 @@ INTERPRETED = {
     "masked": dict(length=15, r=7, block=4, masked=True, offsets=(1, 2, 5)),
     "degenerate": dict(length=20, r=9, block=2, kind="degenerate", offsets=(1, 2, 3)),
     "scaled": dict(length=12, r=9, block=2, kind="scaled"),
-    "r = 2, fp16": dict(length=12, r=2, block=4, dtype="float16", head_dim=2),
+    "r = 2, fp16": dict(length=12, r=2, block=4, dtype="float16", head_dim=8),
     "fp16": dict(length=12, r=11, block=4, dtype="float16"),
 }
 

@@ -1,10 +1,13 @@
 """The mean Plücker vector of Grassmann mixing (arXiv 2512.19428): portable Triton kernels, forward and backward.
 
-A program holds BLOCK_T tokens, one a row, and walks the offsets. All planes of a token's mean contain the token, so they
-add up as the unit vectors normal to it, to one plane u ^ mean; what grows with the square of r is read or written once.
+All planes of a token's mean contain the token, so they add up to one plane u ^ Y: u the unit token, Y the mean of unit
+vectors normal to it. Two kernels work on these frames, one token a row: `plucker_mean_frame` finds them, `_bwd_token` leads
+their gradient back to z. Two work on the packed coordinates, which grow with the square of r: `_fwd` and `_bwd_frame`.
 
-The gradient of a token has a part from its own mean (`plucker_mean_bwd_token`) and one from each later token that it is
-paired with (`plucker_mean_bwd_gather`): gathered, without atomics, so that the result does not depend on timing.
+The gradient of a token has a part from its own mean and one from each later token that it is paired with: gathered,
+without atomics, so that the result does not depend on timing.
+
+Rows of z and of frames are `width` elements long: r, padded with zeros to a multiple of 8, so that 16 bytes load at once.
 """
 
 import itertools
@@ -20,18 +23,10 @@ SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
 
 @triton.jit
 def plucker_mean_offsets(
-    offsets_ptr: "*i32:16",
-    first: "i32",
-    o0: "i32",
-    o1: "i32",
-    o2: "i32",
-    o3: "i32",
-    o4: "i32",
-    o5: "i32",
-    o6: "i32",
-    o7: "i32",
+    offsets_ptr: "*i32:16", first: "i32",
+    o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
 ):
-    """Eight of the offsets that the other kernels read."""
+    """Eight of the offsets, where there are more than the other kernels take as arguments."""
     to = offsets_ptr + first
     tl.store(to, o0)
     tl.store(to + 1, o1)
@@ -44,36 +39,59 @@ def plucker_mean_offsets(
 
 
 @triton.jit
-def _rows(ptr, token, r, mask, R: tl.constexpr):
-    """Rows [BLOCK_T, R] in fp32, zeros past r and where the mask is off."""
-    d = tl.arange(0, R)
-    at = token.to(tl.int64)[:, None] * r + d[None, :]
-    return tl.load(ptr + at, mask=mask[:, None] & (d < r)[None, :], other=0.0).to(tl.float32)
+def _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7):
+    offset = tl.where(k == 0, o0, tl.where(k == 1, o1, tl.where(k == 2, o2, o3)))
+    offset = tl.where(k < 4, offset, tl.where(k == 4, o4, tl.where(k == 5, o5, tl.where(k == 6, o6, o7))))
+    if num_offsets > 8:
+        offset = tl.load(offsets_ptr + k)
+    return offset
 
 
 @triton.jit
-def _normalize(z):
-    """z / |z| and two factors of |z|, neither of which overflows; the second is 0 for a token of 0."""
+def _rows(ptr, token, width, mask, R: tl.constexpr):
+    """Rows [BLOCK_T, R] in fp32, zeros past the width and where the mask is off."""
+    d = tl.arange(0, R)
+    at = token.to(tl.int64)[:, None] * width + d[None, :]
+    return tl.load(ptr + at, mask=mask[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(ptr, token, width, mask, x, R: tl.constexpr):
+    d = tl.arange(0, R)
+    at = token.to(tl.int64)[:, None] * width + d[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def _scale(z):
+    """z divided by its largest element, so that no square overflows, the element, and the length of what is left.
+
+    The length is 0 for a token of 0.
+    """
     largest = tl.max(tl.abs(z), 1)
     total = tl.sum(z, 1)
     zero = (largest < SMALLEST_NORMAL) & (total == total)  # a GPU's maximum passes over NaN: a token of NaN is not 0
-    largest = tl.where(zero, 1.0, largest)
-    x = tl.where(zero[:, None], 0.0, z / largest[:, None])
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    return x / tl.where(zero, 1.0, norm)[:, None], largest, norm
+    x = z * tl.where(zero, 0.0, 1.0 / tl.where(zero, 1.0, largest))[:, None]
+    return x, tl.where(zero, 1.0, largest), tl.sqrt(tl.sum(x * x, 1))
 
 
 @triton.jit
-def _angle(u, v):
-    """Cosine and sine between the unit vectors u and v, and the unit vector normal to u in their plane (0: no plane)."""
+def _unit(x, norm):
+    return x * (1.0 / tl.where(norm == 0, 1.0, norm))[:, None]
+
+
+@triton.jit
+def _angle(u, v, norm):
+    """Cosine and 1 / sine between the unit vector u and v, of length `norm`, and a vector normal to u in their plane with
+    the factor that gives it length 1. Where there is no plane both factors are 0."""
     cosine = tl.sum(u * v, 1)
-    w = v - cosine[:, None] * u
+    w = tl.fma(-cosine[:, None], u, v)
     # Once more: where the angle is small the first subtraction leaves rounding errors along u.
-    w -= tl.sum(u * w, 1)[:, None] * u
-    sine = tl.sqrt(tl.sum(w * w, 1))
-    spans = ~(sine <= SMALLEST_SINE)  # true for NaN, which must not vanish
-    sine = tl.where(spans, sine, 1.0)
-    return cosine, sine, spans, tl.where(spans[:, None], w / sine[:, None], 0.0)
+    w = tl.fma(-tl.sum(u * w, 1)[:, None], u, w)
+    length = tl.sqrt(tl.sum(w * w, 1))
+    spans = ~(length <= SMALLEST_SINE * norm)  # true for NaN, which must not vanish
+    factor = tl.where(spans, 1.0 / tl.where(spans, length, 1.0), 0.0)
+    return cosine, factor, w
 
 
 @triton.jit
@@ -103,172 +121,169 @@ def _is_valid(valid_ptr, token, mask, has_valid):
 
 
 @triton.jit
-def _mean_direction(
-    z_ptr, valid_ptr, offsets_ptr, token, token_ok, u, first, r, num_offsets, has_valid, R: tl.constexpr
-):
-    """Y [BLOCK_T, R] and N [BLOCK_T]."""
+def plucker_mean_frame(
+    z_ptr: "*dtype:16", valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
+    frame_ptr: "*fp32:16", count_ptr: "*fp32:16",
+    history: "i32", num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
+    has_valid: "i32", num_sequences: "i32", search_steps: "i32",
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """u, Y [2, width] and N of all tokens but the first `history` of each row."""
+    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_ok = output < num_tokens
+    token = output + (output // (length - history) + 1) * history
+    x, _largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    u = _unit(x, norm)
+    active = _is_valid(valid_ptr, token, token_ok, has_valid)
+    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean = tl.zeros_like(u)
     count = tl.zeros_like(tl.sum(u, 1))
     for k in range(0, num_offsets):
-        offset = tl.load(offsets_ptr + k)
-        pairs = _is_valid(valid_ptr, token - offset, token_ok & (token - first >= offset), has_valid)
-        v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, R))
-        _, _, _, direction = _angle(u, v)
-        mean += direction  # 0 where the pair is not one: v is 0 there
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
+        v, _largest, norm = _scale(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
+        _cosine, factor, w = _angle(u, v, norm)
+        mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
         count += tl.where(pairs, 1.0, 0.0)
-    return mean / tl.maximum(count, 1.0)[:, None], count
-
-
-@triton.jit
-def _planes(ptr, token, token_ok, r, R: tl.constexpr):
-    """Pointers [BLOCK_T, R, R] to the coordinates (i, j), i < j, of packed rows, and their mask."""
-    i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, R)[None, :]
-    plane = i * r - i * (i + 1) // 2 + j - i - 1
-    at = token.to(tl.int64)[:, None, None] * (r * (r - 1) // 2) + plane[None, :, :]
-    return ptr + at, token_ok[:, None, None] & ((i < j) & (j < r))[None, :, :]
+    _store_rows(frame_ptr, 2 * output, width, token_ok, u, HEAD_DIM)
+    _store_rows(frame_ptr, 2 * output + 1, width, token_ok, mean / tl.maximum(count, 1.0)[:, None], HEAD_DIM)
+    tl.store(count_ptr + output, count, mask=token_ok)
 
 
 @triton.jit
 def plucker_mean_fwd(
-    z_ptr: "*dtype:16",
-    valid_ptr: "*i8:16",
-    cu_seqlens_ptr: "*i32:16",
-    offsets_ptr: "*i32:16",
-    pbar_ptr: "*dtype:16",
-    seen_ptr: "*dtype:16",
-    history: "i32",
-    num_tokens: "i32",
-    length: "i32",
-    r: "i32",
-    num_offsets: "i32",
-    has_valid: "i32",
-    num_sequences: "i32",
-    search_steps: "i32",
-    HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """pbar = u ^ Y, and whether there is anything to the mean, of all tokens but the first `history` of each row."""
-    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = output < num_tokens
-    token = output + (output // (length - history) + 1) * history
-    u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
-    active = _is_valid(valid_ptr, token, token_ok, has_valid)
-    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
-    mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
-    )
-    pbar = u[:, :, None] * mean[:, None, :] - mean[:, :, None] * u[:, None, :]  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
-    to, mask = _planes(pbar_ptr, output, token_ok, r, HEAD_DIM)
-    tl.store(to, pbar.to(pbar_ptr.dtype.element_ty), mask=mask)
-    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
+    frame_ptr: "*fp32:16", count_ptr: "*fp32:16", pbar_ptr: "*dtype:16", seen_ptr: "*dtype:16",
+    num_tokens: "i32", r: "i32", width: "i32:8",
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """pbar = u ^ Y, of which a program has BLOCK_P elements, and whether there is anything to it.
+
+    Consecutive threads write consecutive elements: whole rows of the triangle i < j would share their 32 bytes of memory.
+    """
+    plane = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    planes = r * (r - 1) // 2
+    plane_ok = plane < planes
+    # The row i that starts at i (2 r - 1 - i) / 2 or before; the square root is rounded.
+    odd = 2 * r - 1
+    root = tl.sqrt(tl.maximum(odd * odd - 8 * plane, 0).to(tl.float32))
+    i = ((odd.to(tl.float32) - root) * 0.5).to(tl.int32)
+    i = tl.where(i * (odd - i) // 2 > plane, i - 1, i)
+    i = tl.where((i + 1) * (odd - i - 1) // 2 <= plane, i + 1, i)
+    j = plane - i * (odd - i) // 2 + i + 1
+    begin = tl.program_id(0) * BLOCK_T
+    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
+        token = begin.to(tl.int64) + step
+        u = frame_ptr + token * (2 * width)
+        mean = u + width
+        u_i, u_j = tl.load(u + i, mask=plane_ok, other=0.0), tl.load(u + j, mask=plane_ok, other=0.0)
+        mean_i, mean_j = tl.load(mean + i, mask=plane_ok, other=0.0), tl.load(mean + j, mask=plane_ok, other=0.0)
+        pbar = (u_i * mean_j - mean_i * u_j).to(pbar_ptr.dtype.element_ty)
+        tl.store(pbar_ptr + token * planes + plane, pbar, mask=plane_ok)
+    if tl.program_id(1) == 0:
+        tokens = begin + tl.arange(0, BLOCK_T)
+        count = tl.load(count_ptr + tokens, mask=tokens < num_tokens, other=0.0)
+        seen = tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty)
+        tl.store(seen_ptr + tokens, seen, mask=tokens < num_tokens)
+
+
+@triton.jit
+def plucker_mean_bwd_frame(
+    frame_ptr: "*fp32:16", count_ptr: "*fp32:16", grad_pbar_ptr: "*dtype:16", turn_ptr: "*fp32:16",
+    num_tokens: "i32", r: "i32", width: "i32:8",
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Om u / N and Om Y [2, width], with Om the antisymmetric matrix of the gradient of pbar: BLOCK_R of their elements."""
+    rows = 0 if HEAD_DIM == BLOCK_R else tl.program_id(1)
+    d = tl.arange(0, BLOCK_R)
+    i = rows * BLOCK_R + d
+    begin = tl.program_id(0) * BLOCK_T
+    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
+        token = begin.to(tl.int64) + step
+        count = tl.load(count_ptr + token)
+        frame = frame_ptr + token * (2 * width)
+        grad = grad_pbar_ptr + token * (r * (r - 1) // 2)
+        h = tl.zeros((BLOCK_R,), tl.float32)
+        own = tl.zeros((BLOCK_R,), tl.float32)
+        if count > 0:
+            for columns in range(0, HEAD_DIM // BLOCK_R):
+                # A tile of the triangle p < q.
+                p = (tl.minimum(rows, columns) * BLOCK_R + d)[:, None]
+                q = (tl.maximum(rows, columns) * BLOCK_R + d)[None, :]
+                plane = p * r - p * (p + 1) // 2 + q - p - 1
+                upper = tl.load(grad + plane, mask=(p < q) & (q < r), other=0.0)
+                # A thread gets a row of the transposed tile, hence of om: the sums need no other thread.
+                lower = tl.trans(upper).to(tl.float32)
+                if HEAD_DIM == BLOCK_R:
+                    om = upper.to(tl.float32) - lower
+                else:
+                    om = tl.where(rows <= columns, upper.to(tl.float32), 0.0) - tl.where(rows >= columns, lower, 0.0)
+                j = columns * BLOCK_R + d
+                u = tl.load(frame + j, mask=j < width, other=0.0)
+                mean = tl.load(frame + width + j, mask=j < width, other=0.0)
+                h += tl.sum(om * u[None, :], 1)
+                own += tl.sum(om * mean[None, :], 1)
+        turn = turn_ptr + token * (2 * width)
+        tl.store(turn + i, h / tl.maximum(count, 1.0), mask=i < width)
+        tl.store(turn + width + i, own, mask=i < width)
 
 
 @triton.jit
 def plucker_mean_bwd_token(
-    z_ptr: "*dtype:16",
-    valid_ptr: "*i8:16",
-    cu_seqlens_ptr: "*i32:16",
-    offsets_ptr: "*i32:16",
-    grad_pbar_ptr: "*dtype:16",
-    own_ptr: "*fp32:16",
-    share_ptr: "*fp32:16",
-    num_tokens: "i32",
-    length: "i32",
-    r: "i32",
-    num_offsets: "i32",
-    has_valid: "i32",
-    num_sequences: "i32",
-    search_steps: "i32",
-    HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """What a token's own mean tells it (times |z|), and h / N, which the earlier tokens of its pairs need."""
+    z_ptr: "*dtype:16", valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
+    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16",
+    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
+    has_valid: "i32", num_sequences: "i32", search_steps: "i32",
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dz: what a token's own mean tells it, and what the later tokens of its pairs do."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = token < num_tokens
-    u, _, _ = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
+    x, largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    u = _unit(x, norm)
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
-    first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
-    mean, count = _mean_direction(
-        z_ptr, valid_ptr, offsets_ptr, token, active, u, first, r, num_offsets, has_valid, HEAD_DIM
-    )
-    at, mask = _planes(grad_pbar_ptr, token, active & (count > 0), r, HEAD_DIM)
-    upper = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, HEAD_DIM, HEAD_DIM]
-    # The products of the antisymmetric matrix upper - upper^T with u and with the mean.
-    h = tl.sum(upper * u[:, None, :], 2) - tl.sum(upper * u[:, :, None], 1)
-    own = tl.sum(upper * mean[:, None, :], 2) - tl.sum(upper * mean[:, :, None], 1)
-    h = h / tl.maximum(count, 1.0)[:, None]
+    first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
+    h = _rows(turn_ptr, 2 * token, width, token_ok, HEAD_DIM)
+    grad = _rows(turn_ptr, 2 * token + 1, width, token_ok, HEAD_DIM)
     for k in range(0, num_offsets):
-        offset = tl.load(offsets_ptr + k)
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
-        v, _, _ = _normalize(_rows(z_ptr, token - offset, r, pairs, HEAD_DIM))
-        cosine, sine, spans, direction = _angle(u, v)
-        beta = tl.sum(direction * h, 1)[:, None]
-        turn = beta * u + (cosine / sine)[:, None] * (h - beta * direction)
-        own += tl.where((pairs & spans)[:, None], turn, 0.0)
-    d = tl.arange(0, HEAD_DIM)
-    at = token.to(tl.int64)[:, None] * r + d[None, :]
-    mask = token_ok[:, None] & (d < r)[None, :]
-    tl.store(own_ptr + at, own, mask=mask)
-    tl.store(share_ptr + at, h, mask=mask)
+        v = _rows(frame_ptr, 2 * (token - offset), width, pairs, HEAD_DIM)
+        cosine, factor, w = _angle(u, v, 1.0)
+        # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
+        beta = tl.sum(w * h, 1) * factor
+        cot = cosine * factor
+        grad = tl.fma(beta[:, None], u, grad)
+        grad = tl.fma(cot[:, None], tl.fma(-(beta * factor)[:, None], w, h), grad)
 
-
-@triton.jit
-def plucker_mean_bwd_gather(
-    z_ptr: "*dtype:16",
-    valid_ptr: "*i8:16",
-    cu_seqlens_ptr: "*i32:16",
-    offsets_ptr: "*i32:16",
-    own_ptr: "*fp32:16",
-    share_ptr: "*fp32:16",
-    grad_z_ptr: "*dtype:16",
-    num_tokens: "i32",
-    length: "i32",
-    r: "i32",
-    num_offsets: "i32",
-    has_valid: "i32",
-    num_sequences: "i32",
-    search_steps: "i32",
-    HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """dz: a token's own part and what the later tokens of its pairs add to it."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < num_tokens
-    v, largest, norm = _normalize(_rows(z_ptr, token, r, token_ok, HEAD_DIM))
-    active = _is_valid(valid_ptr, token, token_ok, has_valid)
-    _first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
-    grad = _rows(own_ptr, token, r, token_ok, HEAD_DIM)
-    for k in range(0, num_offsets):
-        offset = tl.load(offsets_ptr + k)
         pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
-        u, _, _ = _normalize(_rows(z_ptr, token + offset, r, pairs, HEAD_DIM))
-        _, sine, spans, direction = _angle(u, v)
-        share = _rows(share_ptr, token + offset, r, pairs, HEAD_DIM)
-        beta = tl.sum(direction * share, 1)[:, None]
-        grad -= tl.where((pairs & spans)[:, None], (share - beta * direction) / sine[:, None], 0.0)
+        v = _rows(frame_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
+        share = _rows(turn_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
+        _cosine, factor, w = _angle(v, u, 1.0)
+        beta = tl.sum(w * share, 1) * factor
+        grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
     zero = norm == 0
-    grad = tl.where(zero[:, None], 0.0, grad / tl.where(zero, 1.0, norm)[:, None] / largest[:, None])
-    d = tl.arange(0, HEAD_DIM)
-    at = token.to(tl.int64)[:, None] * r + d[None, :]
-    tl.store(grad_z_ptr + at, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & (d < r)[None, :])
+    grad = tl.where(zero[:, None], 0.0, grad * (1.0 / tl.where(zero, 1.0, norm))[:, None] / largest[:, None])
+    _store_rows(grad_z_ptr, token, width, token_ok, grad, HEAD_DIM)
 
 
-# Not measured: chosen by registers and spills (8 to 16 bytes are left at HEAD_DIM 128 on sm80). What counts is the tile
-# [BLOCK_T, HEAD_DIM, HEAD_DIM] of the first two.
-def _tile(kernel, arch: str, head_dim: int) -> dict[str, int]:
-    if kernel is plucker_mean_bwd_gather:
-        return {"BLOCK_T": 512 // head_dim, "num_warps": 4}
-    if head_dim == 32:
-        return {"BLOCK_T": 4, "num_warps": 4}
-    return {"BLOCK_T": 1, "num_warps": 16 if kernel is plucker_mean_bwd_token and arch == "sm90a" else 8}
+def _tile(kernel, head_dim: int) -> dict[str, int]:
+    if kernel is plucker_mean_bwd_frame:
+        return {"BLOCK_T": 1, "BLOCK_R": 32, "num_warps": 1}
+    return {"BLOCK_T": 512 // head_dim, "num_warps": 2}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
+DTYPES = ("bf16", "fp16", "fp32")
 VARIANTS = [Variant(plucker_mean_offsets, arch, {}, {"num_warps": 1}) for arch in ARCHS]
 VARIANTS += [
-    Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(kernel, arch, head_dim))
+    Variant(plucker_mean_fwd, arch, {"dtype": dtype}, {"BLOCK_T": 8, "BLOCK_P": 512, "num_warps": 4})
+    for arch, dtype in itertools.product(ARCHS, DTYPES)
+]
+VARIANTS += [
+    Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(kernel, head_dim))
     for arch, dtype, head_dim, kernel in itertools.product(
-        ARCHS, ("bf16", "fp16", "fp32"), (32, 128), (plucker_mean_fwd, plucker_mean_bwd_token, plucker_mean_bwd_gather)
+        ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_frame, plucker_mean_bwd_token)
     )
 ]

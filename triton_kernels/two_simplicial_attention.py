@@ -392,25 +392,27 @@ def two_simplicial_bwd_dkv(
 def two_simplicial_bwd_sum(
     part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
     num_keys: "i32", kv_heads: "i32", head_dim: "i32:8", scale: "fp32", num_splits: "i32", block_keys: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):
-    """dk_long and dv_long: the splits' partial sums of two_simplicial_bwd_dkv (blocks of block_keys), added in order."""
-    num_programs = tl.cdiv(num_keys, BLOCK_N)
-    num_blocks = tl.cdiv(num_keys, block_keys)
-    batch_head = (tl.program_id(0) // num_programs).to(tl.int64)
-    n = tl.program_id(0) % num_programs * BLOCK_N + tl.arange(0, BLOCK_N)
+    """dk_long and dv_long of one key: the splits' partial sums of two_simplicial_bwd_dkv (blocks of block_keys), added in an
+    order that only their number decides."""
+    batch_head = (tl.program_id(0) // num_keys).to(tl.int64)
+    n = tl.program_id(0) % num_keys
     d = tl.arange(0, HEAD_DIM)
-    mask = (n < num_keys)[:, None] & (d < head_dim)[None, :]
-    first_part = (batch_head * num_blocks + n // block_keys) * num_splits
-    grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for split in range(0, num_splits):
+    d_ok = d < head_dim
+    first_part = (batch_head * tl.cdiv(num_keys, block_keys) + n // block_keys) * num_splits
+    grad_k = tl.zeros([BLOCK_SPLITS, HEAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_SPLITS, HEAD_DIM], tl.float32)
+    for first_split in range(0, num_splits, BLOCK_SPLITS):
+        split = first_split + tl.arange(0, BLOCK_SPLITS)
         part_row = (first_part + split) * block_keys + n % block_keys
+        mask = (split < num_splits)[:, None] & d_ok[None, :]
         grad_k += tl.load(_row_ptrs(part_k_ptr, part_row, head_dim, d), mask=mask, other=0.0)
         grad_v += tl.load(_row_ptrs(part_v_ptr, part_row, head_dim, d), mask=mask, other=0.0)
     row = (batch_head // kv_heads * num_keys + n) * kv_heads + batch_head % kv_heads
-    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
-    tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
+    grad_k = (tl.sum(grad_k, 0) * scale).to(grad_k_ptr.dtype.element_ty)
+    tl.store(grad_k_ptr + row * head_dim + d, grad_k, mask=d_ok)
+    tl.store(grad_v_ptr + row * head_dim + d, tl.sum(grad_v, 0).to(grad_v_ptr.dtype.element_ty), mask=d_ok)
 
 
 # Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
@@ -423,6 +425,12 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
             two_simplicial_fwd: (16, 16, 4, 1) if head_dim == 256 else (32, min(64, 4096 // head_dim), 4, 1),
             two_simplicial_bwd_dq: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 4, 1),
             two_simplicial_bwd_dkv: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 8, 1),
+        }
+    elif head_dim == 256 and arch == "sm90a":
+        tiles = {
+            two_simplicial_fwd: (64, 128, 8, 1),
+            two_simplicial_bwd_dq: (64, 32, 8, 1) if share > 1 else (16, 32, 8, 1),
+            two_simplicial_bwd_dkv: (64, 64, 8, 1),
         }
     elif head_dim == 256:
         tiles = {
@@ -446,14 +454,16 @@ def _variants() -> list[Variant]:
     ):
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
         shares = [1]
-        if dtype != "fp32" and head_dim in (64, 128):
-            shares = [1, 8, 64] if arch == "sm90a" else [1, 64]  # where 8 was measured to pay
+        if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
+            shares = [1, 8, 64]  # as measured to pay
+        elif dtype != "fp32" and head_dim in (64, 128):
+            shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
             table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
         # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
         table.append(Variant(two_simplicial_bwd_dkv, arch, key, _tile(two_simplicial_bwd_dkv, arch, dtype, head_dim)))
-        for kernel in (two_simplicial_bwd_merge, two_simplicial_bwd_sum):
-            table.append(Variant(kernel, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+        table.append(Variant(two_simplicial_bwd_merge, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+        table.append(Variant(two_simplicial_bwd_sum, arch, key, {"BLOCK_SPLITS": 8, "num_warps": 4}))
     return table
 
 

@@ -20,9 +20,14 @@ class GrassmannBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: list[Tensor] | None = None,
+        position: int = 0,
+        valid: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        h = self.mixing_norm(self.mixing(x, cache, position, valid))
+        h = self.mixing_norm(self.mixing(x, cache, position, valid, cu_seqlens))
         return self.mlp_norm(h + self.mlp(h))
 
     @torch.jit.export
@@ -43,7 +48,9 @@ class GrassmannLM(nn.Module):
         offsets: those of every layer or, with ``one_offset_per_layer``, the only one of each layer: depth of them.
         output_projection: of `GrassmannMixing`.
 
-    Shapes: tokens [batch, length] of int64, logits [batch, length, vocab_size]. Decodes as `DecoderLM` does::
+    Shapes: tokens [batch, length] of int64, logits [batch, length, vocab_size]. With ``cu_seqlens`` (int32, from 0 to length)
+    a batch of 1 holds several texts, each with its own positions, up to ``max_length`` tokens; none sees another. Decodes as
+    `DecoderLM` does::
 
         cache = model.new_cache(batch)
         logits = model(prompt, cache, 0)
@@ -73,15 +80,24 @@ class GrassmannLM(nn.Module):
         for embedding in (self.embedding, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)  # the head shares it: logits start near 0
 
-    def forward(self, tokens: Tensor, cache: list[list[Tensor]] | None = None, position: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: list[list[Tensor]] | None = None,
+        position: int = 0,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the token after each of ``tokens``; with a cache, ``position`` tokens came before these."""
         at = torch.arange(position, position + tokens.size(1), device=tokens.device)
+        if cu_seqlens is not None:  # counted from the last text that starts at or before the token
+            text = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True) - 1
+            at = at - cu_seqlens[text]
         x = self.embedding(tokens) + self.positions(at)
         for index, layer in enumerate(self.layers):
             layer_cache: list[Tensor] | None = None
             if cache is not None:
                 layer_cache = cache[index]
-            x = layer(x, layer_cache, position)
+            x = layer(x, layer_cache, position, None, cu_seqlens)
         return F.linear(self.norm(x), self.embedding.weight)
 
     @torch.jit.export

@@ -82,20 +82,22 @@ class GrassmannMixing(nn.Module):
         through what was mixed. Without a cache, ``valid`` [batch, length] leaves tokens out and ``cu_seqlens`` says which
         sequences are packed into a batch of 1, as in `simplex_ops.grassmann_mix`.
         """
-        z = self.reduce(x)
-        weight, bias = self.expand.weight, self.expand.bias
         # The dispatcher's ops rather than the Python functions: TorchScript compiles these lines too.
+        weight, bias = self.expand.weight, self.expand.bias
         if cache is None:
-            g = torch.ops.simplex.grassmann_mix(z, weight, bias, self.offsets, valid, cu_seqlens)
+            y = torch.ops.simplex.grassmann_layer(
+                x, self.reduce.weight, self.reduce.bias, weight, bias, self.gate_x.weight, self.gate_g.weight,
+                self.gate_g.bias, self.offsets, valid, cu_seqlens,
+            )[0]  # fmt: skip
         else:
             if valid is not None or cu_seqlens is not None:
                 raise ValueError("GrassmannMixing: expected valid and cu_seqlens to be None with a cache, got a tensor")
+            z = self.reduce(x)
             # Casts under autocast only, which leaves the step alone.
             own = weight.to(z.dtype), bias.to(z.dtype)
             g = torch.ops.simplex.grassmann_step(z, cache[0], own[0], own[1], self.offsets, position)
-        # The sum of both products without a pass of its own.
-        logits = torch.addmm(self.gate_g(g).flatten(0, 1), x.flatten(0, 1), self.gate_x.weight.t()).view_as(g)
-        return self.out(torch.ops.simplex.grassmann_blend(x, g, logits))
+            y = torch.ops.simplex.grassmann_blend(x, g, self.gate_x(x) + self.gate_g(g))
+        return self.out(y)
 
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int | None = None) -> list[Tensor]:

@@ -1,0 +1,50 @@
+#include "products.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+namespace simplex {
+
+namespace {
+
+// A function of torch like `on_cpu`, looked up at run time: libtorch_cuda.so does not exist beside a CPU-only torch.
+template <class Function>
+Function* on_cuda(Function*, const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = library ? dlsym(library, name) : nullptr;
+  STD_TORCH_CHECK(found, "simplex_ops: expected ", name, " in libtorch_cuda.so, got none");
+  return reinterpret_cast<Function*>(found);
+}
+
+}  // namespace
+
+Tensor flat(const Tensor& t, int64_t rows) { return torch::stable::view(t, {rows, t.size(-1)}); }
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  auto* mm_out = &aoti_torch_cpu_mm_out;
+  if (!a.is_cpu()) {
+    static auto* const found = on_cuda(mm_out, "aoti_torch_cuda_mm_out");
+    mm_out = found;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(mm_out(out.get(), a.get(), b.get()));
+}
+
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) {
+  auto* addmm_out = &aoti_torch_cpu_addmm_out;
+  if (!a.is_cpu()) {
+    static auto* const found = on_cuda(addmm_out, "aoti_torch_cuda_addmm_out");
+    addmm_out = found;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+}  // namespace simplex

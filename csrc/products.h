@@ -1,0 +1,19 @@
+// Matrix products, which are torch's: cuBLAS and oneDNN run them at their full rate.
+#pragma once
+
+#include "op.h"
+
+namespace simplex {
+
+// [rows, last size]
+Tensor flat(const Tensor& t, int64_t rows);
+Tensor transposed(const Tensor& matrix);
+
+// x weight^T + bias. In a region of autocast torch may cast it.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
+// Of matrices; out is written or added to in place. Autocast and autograd see neither.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out);      // out = a b
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out);  // out += a b
+
+}  // namespace simplex
