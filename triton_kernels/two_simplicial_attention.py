@@ -433,7 +433,7 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
     elif head_dim == 256 and arch == "sm90a":
         tiles = {
             two_simplicial_fwd: (64, 128, 8, 1),
-            two_simplicial_bwd_dq: (64, 32, 8, 1) if share > 1 else (16, 32, 8, 1),
+            two_simplicial_bwd_dq: {64: (64, 64, 8, 1), 8: (64, 32, 8, 1), 1: (16, 32, 8, 1)}[share],
             two_simplicial_bwd_dkv: (64, 64, 8, 1),
         }
     elif head_dim == 256:
