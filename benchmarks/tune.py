@@ -86,6 +86,7 @@ def link(folder: Path) -> None:
 
 
 def compile_candidates(args: argparse.Namespace) -> None:
+    os.environ.pop("SIMPLEX_ARCHS", None)  # --arch it is
     sys.path.insert(0, str(ROOT))
     from triton.experimental.gluon._runtime import GluonJITFunction
 
@@ -247,7 +248,7 @@ def time_folder(folder: Path, args: argparse.Namespace) -> None:
     def measure(base: dict, shape: Any, indices: list[int | None]) -> None:
         family, key = base["family"], base["key"]
         attention = family.startswith("two_simplicial")
-        shape = (shape or attention_shape(key)) if attention else None
+        shape = (shape or attention_shape(family, key)) if attention else None
         flop = attention_flop(key, shape, "_bwd" in family) if attention else 0
         rate = matmul_rate(1e12, DTYPES[key.get("dtype", "fp32")], "cuda", 0.1)
         errors, call = checker(family, key, shape), clocked(family, key, shape)

@@ -32,10 +32,10 @@ def dtype_of(key: dict, default: str = "fp32") -> torch.dtype:
     return DTYPES[key.get("dtype", default)]
 
 
-def attention_shape(key: dict) -> tuple[int, ...]:
+def attention_shape(family: str, key: dict) -> tuple[int, ...]:
     """B, N, Hq, Hkv, w1, w2 that the row is chosen for: 64 query heads in groups of SHARE rows, or of all where the key has
-    none; SHARE 1 is for what no other divides."""
-    share = key.get("SHARE", 64)
+    none; SHARE 1 is for what no other divides, and skewed tiles are for few heads per kv head."""
+    share = 1 if family.endswith("_skewed") else key.get("SHARE", 64)
     return (1, 2048, 64, 64 // share if share > 1 else 16, 512, 32)
 
 
@@ -62,6 +62,15 @@ def plucker_mean(key: dict, small: bool) -> Workload:
         partial(reference.plucker_mean, offsets=OFFSETS),
         [z],
     )
+
+
+def grassmann_layer(key: dict, small: bool) -> Workload:
+    r, dim = 32, 256
+    sizes = [(r, dim), (r,), (dim, r * (r - 1) // 2), (dim,), (dim, dim), (dim, dim), (dim,)]
+    inputs = [normal(dtype_of(key), *((2, 50) if small else (32, 512)), dim)]
+    inputs += [(torch.randn(s, device=DEVICE) * s[-1] ** -0.5).to(dtype_of(key)) for s in sizes]
+    options = dict(offsets=OFFSETS)
+    return partial(simplex_ops.grassmann_layer, **options), partial(reference.grassmann_layer, **options), inputs
 
 
 def grassmann_blend(key: dict, small: bool) -> Workload:
@@ -120,6 +129,7 @@ def route_kv_append(key: dict, small: bool) -> Workload:
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "plucker_mean": plucker_mean,
     "grassmann_blend": grassmann_blend,
+    "grassmann_layer": grassmann_layer,
     "surprise_gate": surprise_gate,
     "causal_route_logits": causal_route_logits,
     "route_kv_append": route_kv_append,
@@ -134,7 +144,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
 def workload(family: str, key: dict, small: bool, shape: tuple[int, ...] | None = None) -> Workload:
     """`shape`: B, N, Hq, Hkv, w1, w2 for two_simplicial_*."""
     if family.startswith("two_simplicial"):
-        return attention(key, small, shape or attention_shape(key))
+        return attention(key, small, shape or attention_shape(family, key))
     prefixes = [prefix for prefix in WORKLOADS if family.startswith(prefix)]
     if not prefixes:
         raise ValueError(f"expected a family that benchmarks/workloads.py has a workload for, got {family}")

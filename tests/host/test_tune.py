@@ -111,4 +111,4 @@ def test_each_family_has_an_op_to_be_checked_and_timed_in(monkeypatch):
     for family, key in rows.items():
         errors = tune.checker(family, key, (1, 100, 2 * key.get("SHARE", 1), 2, 20, 5))()
         assert errors, family
-        assert max(errors) < 5e-3, f"{family}: {errors}"
+        assert max(errors) < 1e-2, f"{family}: {errors}"
