@@ -12,9 +12,9 @@ namespace simplex {
 namespace {
 
 const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
-const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
@@ -90,13 +90,15 @@ struct Launch {
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
     return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
   }
+  // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
+  int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
 
   // Hopper has kernels for fewer heads, too (triton_kernels/two_simplicial_skewed*.py), which round as the portable
   // ones.
   const Kernel& forward() const {
-    if (scales()) return kForwardScaled.find(device, {dtype, head_dim});
+    if (scales()) return kForwardScaled.find(device, {dtype, head_dim, scaled_tile()});
     const Kernel* skewed = portable_only() ? nullptr : kForwardSkewed.find_if(device, {dtype, head_dim});
     return skewed ? *skewed : select(kForward);
   }
@@ -271,7 +273,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const TwoSimplicialAttention& p = l.p;
   const int64_t heads = p.B * p.Hkv;
   const Tensor statistics = empty_like_device(lse, {2 * heads, l.rows}, ScalarType::Float);
-  const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim});
+  const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim, l.scaled_tile()});
   launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
          Args(l, dq)
              .inputs()

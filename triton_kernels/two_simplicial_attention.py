@@ -320,6 +320,8 @@ def two_simplicial_bwd_dkv(
     Where the blocks of keys are too few to fill the GPU, num_splits programs share the rows of a block and leave fp32
     partial sums for two_simplicial_bwd_sum.
     """
+    # fp32: six bf16 products where wgmma multiplies, which takes 64 keys and 16 rows, else three tf32 ones.
+    PRECISION: tl.constexpr = "bf16x6" if BLOCK_N == 64 else "tf32x3"
     num_rows = num_queries * group
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -365,8 +367,8 @@ def two_simplicial_bwd_dkv(
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
             gv = grad_out * v_short
-            s_t = tl.dot(k, tl.trans(qk), input_precision="tf32x3")  # [BLOCK_N, BLOCK_M]
-            dp_t = tl.dot(v, tl.trans(gv), input_precision="tf32x3")
+            s_t = tl.dot(k, tl.trans(qk), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(gv), input_precision=PRECISION)
             p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
             if at_edge | (offset > first_pos):
@@ -374,8 +376,8 @@ def two_simplicial_bwd_dkv(
                 p_t = tl.where(valid, p_t, 0.0)
                 single = _sees_one_pair(pos, w_long, w_short)
                 ds_t = tl.where(valid, tl.where(single[None, :], -delta[None, :], ds_t), 0.0)
-            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision="tf32x3")
-            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision="tf32x3")
+            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
+            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)
 
     if num_splits > 1:
         part_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -416,8 +418,8 @@ def two_simplicial_bwd_sum(
 
 
 # Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
-# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. fp32 products are three tf32 ones, with operands
-# and code to match.
+# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32 ones (or six
+# bf16 ones), with operands and code to match.
 def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
@@ -426,6 +428,8 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
             two_simplicial_bwd_dq: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 4, 1),
             two_simplicial_bwd_dkv: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 8, 1),
         }
+        if arch == "sm90a" and head_dim <= 128:
+            tiles[two_simplicial_bwd_dkv] = (16 if head_dim == 128 else 32, 64, 4, 1)  # 64 rows: wgmma
     elif head_dim == 256 and arch == "sm90a":
         tiles = {
             two_simplicial_fwd: (64, 128, 8, 1),
@@ -456,9 +460,11 @@ def _variants() -> list[Variant]:
         shares = [1]
         if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
             shares = [1, 8, 64]  # as measured to pay
-        elif dtype != "fp32" and head_dim in (64, 128):
+        elif head_dim in (64, 128):
             shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
+            if (arch, dtype) == ("sm90a", "fp32") and head_dim <= 128 and (kernel is two_simplicial_fwd or share == 64):
+                continue  # two_simplicial_fp32.py
             table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
         # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
         table.append(Variant(two_simplicial_bwd_dkv, arch, key, _tile(two_simplicial_bwd_dkv, arch, dtype, head_dim)))
