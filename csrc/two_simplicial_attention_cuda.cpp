@@ -38,6 +38,7 @@ struct Axes {
 };
 
 constexpr int64_t kFreeBytes = 64 << 20;  // of partial sums, at any size of the arguments
+constexpr int64_t kMostRowsPerToken = 8;  // of partial sums beyond that, in a chunk of rows: w_short / its tokens
 
 // One call's device, stream and key. No device guard: launch() makes the device's context current, allocations name it.
 struct Launch {
@@ -102,10 +103,10 @@ struct Launch {
     const Kernel* skewed = portable_only() ? nullptr : kForwardSkewed.find_if(device, {dtype, head_dim});
     return skewed ? *skewed : select(kForward);
   }
-  // Null where its partial rows of the short gradients, for each 64 rows, would take more than 8 times the memory of q.
+  // Null where its partial rows of the short gradients, w_short and more for each 64 rows, would be too many.
   const Kernel* skewed_backward() const {
     const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(rows, 64) * chunk_span(64) * p.B * p.Hkv * p.D;
-    const bool fits = partial_bytes <= kFreeBytes + 16 * static_cast<int64_t>(p.q.numel());
+    const bool fits = partial_bytes <= kFreeBytes || axes.w_short * p.group() <= kMostRowsPerToken * 64;
     return portable_only() || !fits ? nullptr : kBackwardQSkewed.find_if(device, {dtype, head_dim});
   }
   // Short keys that a chunk of rows sees.
@@ -204,7 +205,6 @@ constexpr int64_t kResident = 128, kL2Bytes = 32 << 20;
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
 int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
-  constexpr int64_t kMostRowsPerToken = 8;
   const int64_t heads = l.p.B * l.p.Hkv;
   const int64_t spread = std::max<int64_t>(num_tiles * heads / kPrograms, 1);
   const int64_t frugal = ceil_div(l.axes.w_short * l.p.group(), kMostRowsPerToken * block_m);

@@ -76,7 +76,8 @@ def test_teacher_is_its_equations(device, passes, length, capacity):
     logits = reference.causal_route_logits(x, layer.router.weight) + layer.router.bias
     bce = F.binary_cross_entropy_with_logits(logits, mask.float())
     torch.testing.assert_close(report["router_loss"], bce)
-    torch.testing.assert_close(report["capacity_loss"], (torch.sigmoid(logits).mean() - capacity).square())
+    off = (torch.sigmoid(logits).mean() - capacity).square()
+    torch.testing.assert_close(routing_loss(layer, 0.0, 0.0, 2.0), 2 * off)
     accuracy = ((logits >= layer.threshold) == mask).float().mean()
     torch.testing.assert_close(report["router_accuracy"], accuracy)
     expected_loss = 0.05 * prior_loss + 0.01 * bce

@@ -164,8 +164,7 @@ class DynamicLayer(RoutedLayer):
         self, x: Tensor, gate: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None
     ) -> Tensor:
         """x [batch, length, dim] and its gates [batch, length], as a `DecisionLayer` returns them."""
-        losses = {"capacity_loss": (gate.mean() - self.capacity).square()} if self.training else {}
-        return self.route(x, gate, expanded(positions, x), cache, **losses)
+        return self.route(x, gate, expanded(positions, x), cache, load=gate)
 
 
 class SubjectiveDepthLayer(nn.Module):

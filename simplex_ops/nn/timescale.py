@@ -100,7 +100,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
             prior_loss=F.mse_loss(forecast, (x_post - x).detach()),
             router_loss=F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype)),
             router_accuracy=((logits.detach() >= self.threshold) == mask).to(logits.dtype).mean(),
-            capacity_loss=(torch.sigmoid(logits).mean() - self.capacity).square(),
+            load=torch.sigmoid(logits),
         )
         gate = g.gather(1, idx.long())
         if self.passes == 2:
