@@ -66,7 +66,9 @@ def test_skewed_kernels(dtype, dim, n_q, n_k, w, ratio):
         assert_same_bits(x, actual[name], name)
 
 
-@pytest.mark.parametrize(("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33)), (8, (140, 40)), (64, (32, 20))])
+@pytest.mark.parametrize(
+    ("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33)), (8, (140, 40)), (64, (32, 20))]
+)
 @pytest.mark.parametrize("dim", [40, 64, 72, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients(dtype, dim, ratio, w):
