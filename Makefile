@@ -16,7 +16,7 @@ WHEEL_SOURCES := setup.py pyproject.toml MANIFEST.in LICENSE \
 CPP := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp')
 PY := examples tests benchmarks triton_kernels simplex_ops setup.py
 
-.PHONY: demo test lint format typecheck wheel bench clean help
+.PHONY: demo test lint format typecheck wheel bench report clean help
 unexport PYTHONPATH  # the sources or another install must not shadow what is built here
 .DELETE_ON_ERROR:
 
@@ -25,6 +25,7 @@ help:
 	@echo "make test       run the test suite against the installed wheel"
 	@echo "make wheel      build dist/simplex_ops-*.whl"
 	@echo "make bench      time the ops"
+	@echo "make report     time 2-simplicial attention over length, GQA ratio and windows, and draw it"
 	@echo "make lint | format | typecheck | clean"
 
 demo: .venv/installed-demo
@@ -38,6 +39,9 @@ wheel: build/wheel.stamp
 
 bench: .venv/installed-test
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+report: .venv/installed-test .venv/installed-demo
+	$(BIN)/python benchmarks/bench.py --report $(BENCH_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(PY)

@@ -15,26 +15,59 @@ import torch
 import simplex_ops
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def time_ms(function: Callable[[], object], device: str, calls: int = 1) -> float:
+    """Time of a call, of `calls` in a row: by CUDA events on the GPU, the clock on the CPU."""
+    if device == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / calls
+    before = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - before) * 1e3 / calls
+
+
+def medians_ms(
+    functions: dict[str, Callable[[], object]], device: str, budget_s: float = 0.5, most: int = 50
+) -> dict[str, float]:
+    """Median time of a call of each function, after one to warm up. They take turns, so that the heat and the clock of the
+    GPU are the same for all; short ones are called several times in a row, as in a model, whose launches run ahead."""
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, min(20, int(2 / time_ms(function, device)))) if device == "cuda" else 1
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begin = time.perf_counter()
+    for turn in range(most):
+        if turn >= 3 and time.perf_counter() - begin > budget_s:
+            break
+        for name, function in functions.items():
+            times[name].append(time_ms(function, device, calls[name]))
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def median_ms(function: Callable[[], object], device: str, budget_s: float = 0.5, most: int = 50) -> float:
-    """Median time of a call, after one to warm up: CUDA events on the GPU, the clock on the CPU."""
-    function()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 3 or (len(times) < most and time.perf_counter() - begin < budget_s):
-        if device == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            before = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - before) * 1e3)
-    return statistics.median(times)
+    return medians_ms({"": function}, device, budget_s, most)[""]
+
+
+def matmul_of(flop: float, dtype: torch.dtype, device: str) -> tuple[Callable[[], object], float]:
+    """A square product of `flop`, or of the largest that is still sensible, and what it is of."""
+    n = max(128, min(8192, round((flop / 2) ** (1 / 3) / 64) * 64))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * n**3
+
+
+def matmul_rate(flop: float, dtype: torch.dtype, device: str, budget_s: float = 0.5) -> float:
+    """FLOP per ms of matmul_of(...)."""
+    matmul, its_flop = matmul_of(flop, dtype, device)
+    return its_flop / median_ms(matmul, device, budget_s)
 
 
 def graph_ms(function: Callable[[], object], calls: int = 5, replays: int = 7) -> float:

@@ -2,21 +2,25 @@
 
     python benchmarks/latency.py [--out benchmarks/results]
 
-Needs a GPU. The shapes are so small that the kernel is shorter than its launch. Triton, where it is installed, compiles
-the same source (triton_kernels/) as its JIT would for a user: once with an empty cache, then warm.
+Needs a GPU; about 15 s. The shapes are so small that the kernel is shorter than its launch. Import and first call are those of this
+very process, once. Triton, where it is installed, compiles the same source (triton_kernels/) as its JIT would for a user,
+with an empty cache.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, write
+
+begin = time.perf_counter()
+import simplex_ops  # noqa: E402
+
+IMPORT_MS = (time.perf_counter() - begin) * 1e3
+from common import RESULTS, write  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,28 +45,12 @@ def inputs(requires_grad: bool = False) -> list[torch.Tensor]:
     return [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=requires_grad) for s in shapes]
 
 
-def fresh(code: str) -> float:
-    """Milliseconds that `code` prints in a new process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def import_ms() -> float:
-    code = "import torch, time; t = time.perf_counter(); import simplex_ops; print((time.perf_counter() - t) * 1e3)"
-    return min(fresh(code) for _ in range(3))
-
-
-def first_call_ms() -> float:
-    code = """
-import time, torch, simplex_ops
-q = torch.randn(1, 32, 8, 64, device="cuda", dtype=torch.bfloat16)
-k = [torch.randn(1, 32, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-torch.cuda.synchronize()
-t = time.perf_counter()
-simplex_ops.two_simplicial_attention(q, *k, 8, 4)
-torch.cuda.synchronize()
-print((time.perf_counter() - t) * 1e3)"""
-    return min(fresh(code) for _ in range(3))
+def first_call_ms(call) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def jit_launcher():
@@ -93,32 +81,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rows = {"import_ms": import_ms(), "first_call_ms": first_call_ms()}
+    row: dict[str, float] = {}
 
+    def note(name: str, value: float) -> None:
+        row[name] = value
+        print(f"{name:<24} {value:8.2f}", flush=True)
+
+    note("import_ms", IMPORT_MS)
     op = torch.ops.simplex.two_simplicial_attention
     tensors, x = inputs(), torch.randn(1, 32, 8, 64, device="cuda", dtype=torch.bfloat16)
+    note("first_call_ms", first_call_ms(lambda: simplex_ops.two_simplicial_attention(*tensors, 8, 4)))
     with torch.inference_mode():
-        rows["aten_add_us"] = per_call_us(lambda: torch.add(x, x))
-        rows["op_inference_us"] = per_call_us(lambda: op(*tensors, 8, 4))
+        note("aten_add_us", per_call_us(lambda: torch.add(x, x)))
+        note("op_inference_us", per_call_us(lambda: op(*tensors, 8, 4)))
     leaves = inputs(requires_grad=True)
     y = x.clone().requires_grad_()
-    rows["aten_add_grad_us"] = per_call_us(lambda: torch.add(y, y))
-    rows["op_grad_us"] = per_call_us(lambda: op(*leaves, 8, 4))
+    note("aten_add_grad_us", per_call_us(lambda: torch.add(y, y)))
+    note("op_grad_us", per_call_us(lambda: op(*leaves, 8, 4)))
+    note("over_aten_inference_us", row["op_inference_us"] - row["aten_add_us"])
+    note("over_aten_grad_us", row["op_grad_us"] - row["aten_add_grad_us"])
 
     call = jit_launcher()
     if call:
         q, k1, k2, v1, v2 = tensors
         with torch.inference_mode():
-            begin = time.perf_counter()
-            out, _ = call(q, k1, k2, v1, v2)
-            torch.cuda.synchronize()
-            rows["jit_first_call_ms"] = (time.perf_counter() - begin) * 1e3
-            torch.testing.assert_close(out, op(*tensors, 8, 4)[0], atol=2e-2, rtol=2e-2)
-            rows["jit_us"] = per_call_us(lambda: call(q, k1, k2, v1, v2))
-    rows["over_aten_inference_us"] = rows["op_inference_us"] - rows["aten_add_us"]
-    rows["over_aten_grad_us"] = rows["op_grad_us"] - rows["aten_add_grad_us"]
-    print(json.dumps({name: round(value, 2) for name, value in rows.items()}, indent=1))
-    print(write("latency", "cuda", [rows], args.out))
+            note("jit_first_call_ms", first_call_ms(lambda: call(q, k1, k2, v1, v2)))
+            torch.testing.assert_close(call(q, k1, k2, v1, v2)[0], op(*tensors, 8, 4)[0], atol=2e-2, rtol=2e-2)
+            note("jit_us", per_call_us(lambda: call(q, k1, k2, v1, v2)))
+    print(write("latency", "cuda", [row], args.out))
 
 
 if __name__ == "__main__":

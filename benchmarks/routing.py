@@ -3,19 +3,24 @@
     python benchmarks/routing.py [--device cpu|cuda] [--out benchmarks/results]
 
 "of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
-The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is the time
-of choosing, gathering and adding back, measured alone, over that of the routed layer. Less than 90 s on an H100.
+The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is what the
+kernels of the same layer take around a block that does nothing, over what those of the layer take. Calls follow each other
+without a wait, as in a model. KV bytes are what torch's allocator counts on CUDA. Less than 60 s on an H100.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import RESULTS, median_ms, write
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import simplex_ops
-from simplex_ops.models import DecoderConfig
+from simplex_ops.models import DecoderConfig, DecoderLM
 from simplex_ops.models.routed import PositionedBlock
 from simplex_ops.nn import DynamicLayer, MixtureOfDepthsLayer, SubjectiveTimescaleLayer
 
@@ -26,18 +31,40 @@ SIZES = {"cpu": (2, 1024, 512, torch.float32), "cuda": (8, 4096, 2048, torch.bfl
 CHOICE = {"cpu": (8, 4096, 2048), "cuda": (64, 4096, 2048)}  # batch, length, k
 
 
+def call_ms(function: Callable[[], object], device: str, calls: int = 10) -> float:
+    """Time of one of several calls in a row."""
+
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    return median_ms(several, device) / calls
+
+
+def kernels_ms(function: Callable[[], object], device: str, calls: int = 5) -> float:
+    """What the kernels of a call take, without the gaps between them."""
+    if device == "cpu":
+        return call_ms(function, device)
+    function()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    return sum(row.self_device_time_total for row in profiler.key_averages()) / 1e3 / calls
+
+
 def copy_rate(numel: int, dtype: torch.dtype, device: str) -> float:
     """Bytes per ms of a copy of `numel` elements, read and written."""
     source = torch.randn(numel, device=device).to(dtype)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / call_ms(lambda: target.copy_(source), device)
 
 
 def choice(device: str) -> dict:
     batch, length, k = CHOICE[device]
     scores = torch.rand(batch, length, device=device)
-    ours = median_ms(lambda: simplex_ops.topk_route(scores, k), device)
-    torchs = median_ms(lambda: torch.topk(scores, k).indices.sort().values, device)
+    ours = call_ms(lambda: simplex_ops.topk_route(scores, k), device)
+    torchs = call_ms(lambda: torch.topk(scores, k).indices.sort().values, device)
     return {"op": "topk_route", "us": 1e3 * ours, "over topk + sort": torchs / ours}
 
 
@@ -50,8 +77,9 @@ def moves(device: str) -> list[dict]:
     calls = {
         "route_gather": (lambda: simplex_ops.route_gather(x, idx), 2 * y.nbytes),
         "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
+        "route_replace": (lambda: simplex_ops.route_replace(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
     }
-    times = {name: median_ms(call, device) for name, (call, _) in calls.items()}
+    times = {name: call_ms(call, device) for name, (call, _) in calls.items()}
     return [{"op": n, "us": 1e3 * t, "of copy": calls[n][1] / t / rate} for n, t in times.items()]
 
 
@@ -64,14 +92,14 @@ def gate(device: str) -> dict:
     def step(function):
         return lambda: torch.autograd.grad(function(*rows, *numbers, 100)[0], [*rows, *numbers], grad)
 
-    ours, eager = (median_ms(step(f), device) for f in (simplex_ops.surprise_gate, reference.surprise_gate))
+    ours, eager = (call_ms(step(f), device, 3) for f in (simplex_ops.surprise_gate, reference.surprise_gate))
     return {"op": "surprise_gate, forward + backward", "us": 1e3 * ours, "over eager": eager / ours}
 
 
 def logits(device: str) -> dict:
     batch, length, dim, dtype = SIZES[device]
     x, weight = torch.randn(batch, length, dim, device=device).to(dtype), torch.randn(2 * dim, device=device)
-    ours = median_ms(lambda: simplex_ops.causal_route_logits(x, weight), device)
+    ours = call_ms(lambda: simplex_ops.causal_route_logits(x, weight), device)
     rate = copy_rate(x.numel(), dtype, device)
     return {"op": "causal_route_logits", "us": 1e3 * ours, "of copy": x.nbytes / ours / rate}
 
@@ -92,6 +120,11 @@ def append(device: str) -> dict:
     return {"op": "route_kv_append_", "us": 1e3 * ours, "of copy": 4 * k.nbytes / ours / rate}
 
 
+class Nothing(torch.nn.Module):
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 @torch.no_grad()
 def layers(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
@@ -102,31 +135,48 @@ def layers(device: str) -> list[dict]:
         torch.rand(batch, length, device=device),
         torch.arange(length, device=device).expand(batch, length),
     )
-    dense = median_ms(lambda: block(x, positions), device)
+    dense = call_ms(lambda: block(x, positions), device, 5)
 
-    dynamic, mod = DynamicLayer(block), MixtureOfDepthsLayer(block, dim).to(device, dtype)
-    student = SubjectiveTimescaleLayer(block, dim).to(device, dtype)
+    made = {
+        "dynamic layer": DynamicLayer(block),
+        "mod layer": MixtureOfDepthsLayer(block, dim),
+        "stt layer, student": SubjectiveTimescaleLayer(block, dim),
+    }
+    made = {name: layer.to(device, dtype) for name, layer in made.items()}
+    student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
-        student.calibrate(student.router(x), student.top_k(student.router(x))[1])
+        student.calibrate(student.router(x).gather(1, student.top_k(student.router(x))[0].long()))
     student.eval().trim = True
 
-    def route() -> torch.Tensor:
-        chosen, _ = dynamic.top_k(gate)
-        rows = simplex_ops.route_gather(x, chosen)
-        positions.gather(1, chosen.long())
-        return simplex_ops.route_scatter_add(x, rows, chosen, gate.gather(1, chosen.long()))
-
-    routing = median_ms(route, device)
-    calls = {
-        "dynamic layer": lambda: dynamic(x, gate),
-        "mod layer": lambda: mod(x),
-        "stt layer, student": lambda: student(x),
-    }
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
-    for name, call in calls.items():
-        time = median_ms(call, device)
-        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time, "routing share": routing / time})
+    for name, layer in made.items():
+        call = partial(layer, x, gate) if name == "dynamic layer" else partial(layer, x)
+        time, kernels = call_ms(call, device, 5), kernels_ms(call, device)
+        layer.block = Nothing()
+        share = kernels_ms(call, device) / kernels
+        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time, "routing share": share})
     return rows
+
+
+def allocated(make: Callable[[], object], device: str) -> int:
+    """Bytes that what it makes occupies."""
+    if device == "cpu":
+        return sum(x.nbytes for x in tree_leaves(make()))
+    before = torch.cuda.memory_allocated()
+    made = make()
+    after = torch.cuda.memory_allocated()
+    del made
+    return after - before
+
+
+def caches(device: str) -> list[dict]:
+    batch, length, dim, _ = SIZES[device]
+    sizes = {"dim": dim, "heads": dim // 128, "kv_heads": dim // 128, "head_dim": 128, "mlp_dim": 64}
+    found = {}
+    for name, layers in {"dense": ("sdpa",), "mod": ("mod",), "stt": ("stt",), "model: mod": ("sdpa", "mod")}.items():
+        model = DecoderLM(DecoderConfig(**sizes, layers=layers)).to(device, torch.bfloat16)
+        found[name] = allocated(partial(model.new_cache, batch, length), device) / len(layers)
+    return [{"op": f"cache of {n}", "bytes": b, "of dense": b / found["dense"]} for n, b in found.items()]
 
 
 def main() -> None:
@@ -135,7 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = [choice(args.device), *moves(args.device), gate(args.device), logits(args.device), append(args.device)]
-    rows += layers(args.device)
+    rows += [*layers(args.device), *caches(args.device)]
     for row in rows:
         print("  ".join(f"{name} {value:.2f}" if name != "op" else f"{value:<36}" for name, value in row.items()))
     print(write("routing", args.device, rows, args.out))

@@ -107,6 +107,11 @@ struct Kernel {
 // Defined by the generated file.
 Span<Kernel> kernel_table();
 
+// For benchmarks/tune.py, which reaches it through ctypes: until the next call, every find() of this family and key, on
+// any device, returns `kernel`, a row of another table (that must stay), instead of ours; nullptr: ours again. Returns
+// whether the kernel that was on trial so far has ever been launched.
+extern "C" __attribute__((visibility("default"))) bool simplex_try_kernel(const Kernel* kernel);
+
 // The rows of one family, indexed by their key. Cheap to construct (also as a global): the table is read on first use.
 class KernelFamily {
  public:

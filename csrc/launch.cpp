@@ -337,8 +337,8 @@ void launch(const Kernel& kernel, int device, void* stream, std::array<unsigned,
 
   const Driver& cu = driver();
   PackedParams packed;
+  CurrentContext context(cu, kernel, device);  // before pack(): a tensor map is encoded in a context, too
   pack(cu, kernel, args, packed);
-  CurrentContext context(cu, kernel, device);
   if (!ready(kernel, device)) load(cu, kernel, device);
 
   CUlaunchAttribute attrs[kMaxAttributes];

@@ -96,8 +96,9 @@ void gather_cuda(const Route& r, const Tensor& from, const Tensor& to) {
           {"dim", l.dim}});
 }
 
-// out = base, or 0 without one, with gate * y added at the routed rows.
-void scatter_cuda(const Route& r, const Tensor* base, const Tensor& y, const Tensor* gate, const Tensor& out) {
+// out = base, or 0 without one, with gate * y added at the routed rows, or with y in their place.
+void scatter_cuda(const Route& r, bool replaces, const Tensor* base, const Tensor& y, const Tensor* gate,
+                  const Tensor& out) {
   const Launch l(r);
   const int64_t rows = r.B * r.T;
   Tensor slot_of = empty_like_device(out, {rows}, ScalarType::Int);
@@ -119,7 +120,8 @@ void scatter_cuda(const Route& r, const Tensor* base, const Tensor& y, const Ten
           {"rows", static_cast<int32_t>(rows)},
           {"dim", l.dim},
           {"has_base", static_cast<int32_t>(base != nullptr)},
-          {"has_gate", static_cast<int32_t>(gate != nullptr)}});
+          {"has_gate", static_cast<int32_t>(gate != nullptr)},
+          {"replaces", static_cast<int32_t>(replaces)}});
 }
 
 Tensor route_gather(const Tensor& x, const Tensor& idx) {
@@ -150,7 +152,7 @@ Tensor route_gather_backward(const Tensor& grad_y, const Tensor& x, const Tensor
   Tensor grad_x = empty_like_device(x, {r.B, r.T, r.D}, x.scalar_type());
   const Tensor from = packed(grad_y);
   if (!x.is_cpu() && grad_x.numel() > 0 && grad_y.numel() > 0) {
-    scatter_cuda(r, nullptr, from, nullptr, grad_x);
+    scatter_cuda(r, /*replaces=*/true, nullptr, from, nullptr, grad_x);
     return grad_x;
   }
   torch::stable::zero_(grad_x);
@@ -175,15 +177,16 @@ void check_update(const char* op, const Route& r, const char* name, const Tensor
   expect_device(op, "gate", *gate, name, rows);
 }
 
-Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx, const std::optional<Tensor>& gate) {
-  constexpr const char* op = "route_scatter_add";
+// The two ways to put rows back: base + gate * y, and base + gate * (y - base), which is y without a gate.
+Tensor put_back(const char* op, bool replaces, const Tensor& base, const Tensor& y, const Tensor& idx,
+                const std::optional<Tensor>& gate) {
   const Route r = checked(op, "base", base, idx);
   check_update(op, r, "base", base, y, gate);
   Tensor out = empty_like_device(base, {r.B, r.T, r.D}, base.scalar_type());
   const Tensor update = packed(y), scale = gate ? packed(*gate) : Tensor();
   if (!base.is_cpu() && out.numel() > 0 && r.slots() > 0) {
     const Tensor from = packed(base);
-    scatter_cuda(r, &from, update, gate ? &scale : nullptr, out);
+    scatter_cuda(r, replaces, &from, update, gate ? &scale : nullptr, out);
     return out;
   }
   torch::stable::copy_(out, base);
@@ -199,7 +202,8 @@ Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx,
         [&](int64_t slot, int64_t row) {
           const W g = gates ? gates[slot] : W(1);
           for (int64_t d = 0; d < r.D; ++d) {
-            to[row * r.D + d] = static_cast<In>(W(to[row * r.D + d]) + g * W(from[slot * r.D + d]));
+            const W before = to[row * r.D + d], x = from[slot * r.D + d];
+            to[row * r.D + d] = static_cast<In>(replaces && !gates ? x : before + g * (replaces ? x - before : x));
           }
         },
         [](int64_t) {});
@@ -207,10 +211,15 @@ Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad_out, const Tensor& y,
-                                                              const Tensor& idx, const std::optional<Tensor>& gate) {
-  constexpr const char* op = "route_scatter_add_backward";
+// base: what was replaced, null where y was added.
+std::tuple<Tensor, Tensor, Tensor> put_back_backward(const char* op, const Tensor& grad_out, const Tensor* base,
+                                                     const Tensor& y, const Tensor& idx,
+                                                     const std::optional<Tensor>& gate) {
   const Route r = checked(op, "grad_out", grad_out, idx);
+  if (base) {
+    expect_sizes(op, "base", *base, {r.B, r.T, r.D}, "that of grad_out");
+    expect_like(op, "base", *base, "grad_out", grad_out);
+  }
   check_update(op, r, "grad_out", grad_out, y, gate);
   Tensor grad_base = empty_like_device(grad_out, {r.B, r.T, r.D}, grad_out.scalar_type());
   torch::stable::copy_(grad_base, grad_out);
@@ -220,28 +229,33 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
   if (r.D == 0 && gate) torch::stable::zero_(grad_gate);
   if (grad_y.numel() == 0) return {grad_base, grad_y, grad_gate};
   const Tensor rows = packed(grad_out), update = packed(y), scale = gate ? packed(*gate) : Tensor();
+  const Tensor before = base ? packed(*base) : Tensor();
   if (!grad_out.is_cpu()) {
     const Launch l(r);
     launch(kScatterAddBackward.find(l.device, {dtype_constant(grad_out)}), l.device, l.stream,
            Launch::programs(l.total, 1),
            {{"grad_out_ptr", rows.const_data_ptr()},
+            {"base_ptr", base ? before.const_data_ptr() : nullptr},
             {"y_ptr", update.const_data_ptr()},
             {"idx_ptr", r.idx.const_data_ptr()},
             {"gate_ptr", gate ? scale.const_data_ptr() : nullptr},
+            {"grad_base_ptr", grad_base.const_data_ptr()},
             {"grad_y_ptr", grad_y.const_data_ptr()},
             {"grad_gate_ptr", gate ? grad_gate.const_data_ptr() : nullptr},
             {"length", l.length},
             {"slots", l.slots},
             {"dim", l.dim},
-            {"has_gate", static_cast<int32_t>(gate.has_value())}});
+            {"has_gate", static_cast<int32_t>(gate.has_value())},
+            {"replaces", static_cast<int32_t>(base != nullptr)}});
     return {grad_base, grad_y, grad_gate};
   }
   dispatch_floating(grad_out, [&](auto element) {
     using In = decltype(element);
     using W = Wide<In>;
     const In *const from = elements<In>(rows), *const of_y = elements<In>(update);
+    const In* const of_base = base ? elements<In>(before) : nullptr;
     const W* const gates = gate ? elements<W>(scale) : nullptr;
-    In* const to = mutable_elements<In>(grad_y);
+    In *const to = mutable_elements<In>(grad_y), *const to_base = mutable_elements<In>(grad_base);
     W* const to_gate = gate ? mutable_elements<W>(grad_gate) : nullptr;
     for_slots(
         r,
@@ -251,7 +265,9 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
           for (int64_t d = 0; d < r.D; ++d) {
             const W e = from[row * r.D + d];
             to[slot * r.D + d] = static_cast<In>(g * e);
-            dot += static_cast<double>(e) * static_cast<double>(of_y[slot * r.D + d]);
+            if (of_base) to_base[row * r.D + d] = static_cast<In>(gates ? (1 - g) * e : W(0));
+            const double less = of_base ? static_cast<double>(of_base[row * r.D + d]) : 0.0;
+            dot += static_cast<double>(e) * (static_cast<double>(of_y[slot * r.D + d]) - less);
           }
           if (to_gate) to_gate[slot] = static_cast<W>(dot);
         },
@@ -263,6 +279,24 @@ std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad
   return {grad_base, grad_y, grad_gate};
 }
 
+Tensor route_scatter_add(const Tensor& base, const Tensor& y, const Tensor& idx, const std::optional<Tensor>& gate) {
+  return put_back("route_scatter_add", /*replaces=*/false, base, y, idx, gate);
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_scatter_add_backward(const Tensor& grad_out, const Tensor& y,
+                                                              const Tensor& idx, const std::optional<Tensor>& gate) {
+  return put_back_backward("route_scatter_add_backward", grad_out, nullptr, y, idx, gate);
+}
+
+Tensor route_replace(const Tensor& base, const Tensor& y, const Tensor& idx, const std::optional<Tensor>& gate) {
+  return put_back("route_replace", /*replaces=*/true, base, y, idx, gate);
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_replace_backward(const Tensor& grad_out, const Tensor& base, const Tensor& y,
+                                                          const Tensor& idx, const std::optional<Tensor>& gate) {
+  return put_back_backward("route_replace_backward", grad_out, &base, y, idx, gate);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
@@ -272,6 +306,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
   m.def(
       "route_scatter_add_backward(Tensor grad_out, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor grad_base, "
       "Tensor grad_y, Tensor grad_gate)");
+  m.def("route_replace(Tensor base, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor out)");
+  m.def(
+      "route_replace_backward(Tensor grad_out, Tensor base, Tensor y, Tensor idx, Tensor? gate=None) -> (Tensor "
+      "grad_base, Tensor grad_y, Tensor grad_gate)");
 }
 
 template <class Library>
@@ -280,6 +318,8 @@ void implement(Library& m) {
   m.impl("route_gather_backward", TORCH_BOX(&route_gather_backward));
   m.impl("route_scatter_add", TORCH_BOX(&route_scatter_add));
   m.impl("route_scatter_add_backward", TORCH_BOX(&route_scatter_add_backward));
+  m.impl("route_replace", TORCH_BOX(&route_replace));
+  m.impl("route_replace_backward", TORCH_BOX(&route_replace_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) { implement(m); }

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "kernel.h"
@@ -10,8 +12,10 @@ namespace simplex {
 namespace {
 
 const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
-const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
+const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
+const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
@@ -32,6 +36,9 @@ struct Axes {
   Axes(const Tensor& kl, const Tensor& vl, const Tensor& ks, const Tensor& vs, int64_t wl, int64_t ws)
       : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
 };
+
+constexpr int64_t kFreeBytes = 64 << 20;  // of partial sums, at any size of the arguments
+constexpr int64_t kMostRowsPerToken = 8;  // of partial sums beyond that, in a chunk of rows: w_short / its tokens
 
 // One call's device, stream and key. No device guard: launch() makes the device's context current, allocations name it.
 struct Launch {
@@ -66,25 +73,44 @@ struct Launch {
     return family.find(device, {dtype, head_dim, 1});
   }
 
-  // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py) or null. A warpgroup of theirs walks the
-  // short keys that any of its 64 rows sees: no waste where they are of one token, but where their tokens are many next
-  // to the window, more than is gained. The backward pass has work to do once per short key, which many rows must
-  // share, and leaves partial sums of the short gradients for each 64 long keys, at most as large as q.
-  const Kernel* scaled_forward() const {
-    // fp16 shows that S is rounded elsewhere if only one of the two passes scales the tiles.
-    if (p.dtype == ScalarType::Half && !scales_backward()) return nullptr;
-    return scaled_tiles_pay() ? kForwardScaled.find_if(device, {dtype, head_dim}) : nullptr;
-  }
-  bool scales_backward() const {
-    constexpr int64_t kRowsPerShortKey = 512, kFreeBytes = 64 << 20;
-    const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(p.Nk, 64) * short_rows() * p.B * p.Hkv * p.D;
+  // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py), both passes or none: S is rounded
+  // elsewhere in the others, and a backward pass that differs from its forward in that takes the difference for a
+  // gradient. A warpgroup of theirs walks the short keys that any of its 64 rows sees: no waste where they are of one
+  // token, but where their tokens are many next to the window, more than is gained. The backward pass has work to do
+  // once per short key, which many rows must share, and leaves partial sums of the short gradients for each block of
+  // long keys, at most as large as all arguments and gradients (those of the long gradients are not larger).
+  bool scales() const {
+    constexpr int64_t kRowsPerShortKey = 128;
+    const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim});
+    if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
+    if (2 * axes.w_short < 3 * (ceil_div(64, p.group()) - 1)) return false;
+    if (p.group() % 8) return false;  // its copies are of 8 heads
+    const int64_t block_n = (*kernel)["BLOCK_N"];
+    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
+    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
-    return counts_fit && scaled_tiles_pay() && axes.w_short * p.group() >= kRowsPerShortKey &&
-           partial_bytes <= kFreeBytes + static_cast<int64_t>(p.q.numel()) * 2 &&
-           kBackwardKVScaled.find_if(device, {dtype, head_dim});
+    return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
   }
-  // Of dk_short and dv_short, for 64 long keys.
-  int64_t short_rows() const { return 64 + axes.w_long + axes.w_short - 2; }
+  // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
+  int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
+  // Short keys that share a row with a block of long keys.
+  int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
+
+  // Hopper has kernels for fewer heads, too (triton_kernels/two_simplicial_skewed*.py), which round as the portable
+  // ones.
+  const Kernel& forward() const {
+    if (scales()) return kForwardScaled.find(device, {dtype, head_dim, scaled_tile()});
+    const Kernel* skewed = portable_only() ? nullptr : kForwardSkewed.find_if(device, {dtype, head_dim});
+    return skewed ? *skewed : select(kForward);
+  }
+  // Null where its partial rows of the short gradients, w_short and more for each 64 rows, would be too many.
+  const Kernel* skewed_backward() const {
+    const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(rows, 64) * chunk_span(64) * p.B * p.Hkv * p.D;
+    const bool fits = partial_bytes <= kFreeBytes || axes.w_short * p.group() <= kMostRowsPerToken * 64;
+    return portable_only() || !fits ? nullptr : kBackwardQSkewed.find_if(device, {dtype, head_dim});
+  }
+  // Short keys that a chunk of rows sees.
+  int64_t chunk_span(int64_t chunk_rows) const { return ceil_div(chunk_rows, p.group()) + axes.w_short; }
 
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
     const int64_t programs = programs_per_head * p.B * p.Hkv;
@@ -94,35 +120,67 @@ struct Launch {
   }
 
  private:
-  bool scaled_tiles_pay() const { return 2 * axes.w_short >= 3 * (ceil_div(64, p.group()) - 1); }
+  // A reader's switch, not a tuning knob: SIMPLEX_KERNELS=portable is what the other kernels are compared with.
+  static bool portable_only() {
+    static const bool only = [] {
+      const char* kernels = std::getenv("SIMPLEX_KERNELS");
+      return kernels && std::string_view(kernels) == "portable";
+    }();
+    return only;
+  }
 };
+
+// A tensor of [batch, length, heads, head_dim] to TMA.
+TensorDescriptor four_dimensional(const Tensor& t) {
+  auto leading = leading_strides(t);
+  // A dimension of size 1 never adds to an address, but the driver wants a stride.
+  for (size_t d = 0; d < leading.size(); ++d) leading[d] = t.size(d) == 1 ? 8 : leading[d];
+  return {t.const_data_ptr(), {t.size(0), t.size(1), t.size(2), t.size(3)}, {leading[0], leading[1], leading[2], 1}};
+}
 
 // The arguments of a launch, in the order of the kernel's parameters.
 class Args {
  public:
-  explicit Args(const Launch& launch) : l_(launch) { list_.reserve(kMaxParams); }
+  Args(const Launch& launch, const Kernel& kernel) : l_(launch), by_tma_(kernel.tensor_maps.size > 0) {
+    list_.reserve(kMaxParams);
+  }
   operator Span<Arg>() const { return {list_.data(), list_.size()}; }
 
   Args& pointer(const char* name, const Tensor& t) { return push({name, t.const_data_ptr()}); }
   Args& integer(const char* name, int64_t value) { return push({name, static_cast<int32_t>(value)}); }
   Args& number(const char* name, double value) { return push({name, static_cast<float>(value)}); }
+  Args& descriptor(const char* name, const TensorDescriptor& d) { return push({name, d}); }
   Args& strides(const char* batch, const char* length, const char* head, const Tensor& t) {
     const auto leading = leading_strides(t);
     return push({batch, leading[0]}).push({length, leading[1]}).push({head, leading[2]});
   }
 
+  // Kernels that load the long axis by TMA take descriptors, and no strides of it.
   Args& inputs() {
-    pointer("q_ptr", l_.p.q).pointer("k_long_ptr", l_.axes.k_long).pointer("v_long_ptr", l_.axes.v_long);
+    pointer("q_ptr", l_.p.q);
+    if (by_tma_) {
+      descriptor("k_long", four_dimensional(l_.axes.k_long)).descriptor("v_long", four_dimensional(l_.axes.v_long));
+    } else {
+      pointer("k_long_ptr", l_.axes.k_long).pointer("v_long_ptr", l_.axes.v_long);
+    }
     return pointer("k_short_ptr", l_.axes.k_short).pointer("v_short_ptr", l_.axes.v_short);
   }
   // Strides, those of grad_out too if there is one, sizes, windows and scale.
   Args& problem(const Tensor* grad_out = nullptr) {
     strides("stride_qb", "stride_qn", "stride_qh", l_.p.q);
-    strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
-    strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
-    strides("stride_ksb", "stride_ksn", "stride_ksh", l_.axes.k_short);
-    strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
+    (by_tma_ ? *this : long_strides()).short_strides();
     if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
+    return sizes();
+  }
+  Args& long_strides() {
+    strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
+    return strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
+  }
+  Args& short_strides() {
+    strides("stride_ksb", "stride_ksn", "stride_ksh", l_.axes.k_short);
+    return strides("stride_vsb", "stride_vsn", "stride_vsh", l_.axes.v_short);
+  }
+  Args& sizes() {
     integer("num_queries", l_.p.Nq).integer("num_keys", l_.p.Nk).integer("kv_heads", l_.p.Hkv);
     integer("group", l_.p.group()).integer("head_dim", l_.p.D);
     return integer("w_long", l_.axes.w_long).integer("w_short", l_.axes.w_short).number("scale", l_.p.scale);
@@ -135,16 +193,18 @@ class Args {
   }
 
   const Launch& l_;
+  const bool by_tma_;
   std::vector<Arg> list_;
 };
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
+// On Hopper: programs that run at a time, one on a multiprocessor, and what they may count on of an L2 cache of 50 MB.
+constexpr int64_t kResident = 128, kL2Bytes = 32 << 20;
 
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
 int64_t tiles_per_chunk(const Launch& l, int64_t num_tiles, int64_t block_m) {
-  constexpr int64_t kFreeBytes = 64 << 20, kMostRowsPerToken = 8;
   const int64_t heads = l.p.B * l.p.Hkv;
   const int64_t spread = std::max<int64_t>(num_tiles * heads / kPrograms, 1);
   const int64_t frugal = ceil_div(l.axes.w_short * l.p.group(), kMostRowsPerToken * block_m);
@@ -168,8 +228,8 @@ struct GradAxes {
 void add_splits(const Launch& l, const GradAxes& grad, const Tensor& part_k, const Tensor& part_v, int64_t splits,
                 int64_t block_keys) {
   const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
-  launch(sum, l.device, l.stream, l.grid(ceil_div(l.p.Nk, sum["BLOCK_N"])),
-         Args(l)
+  launch(sum, l.device, l.stream, l.grid(l.p.Nk),
+         Args(l, sum)
              .pointer("part_k_ptr", part_k)
              .pointer("part_v_ptr", part_v)
              .pointer("grad_k_ptr", grad.k_long)
@@ -187,7 +247,7 @@ void merge_chunks(const Launch& l, const GradAxes& grad, const Tensor& part_k, c
                   int64_t num_positions, int64_t group, int64_t chunk_rows, int64_t chunk_span, int64_t reach) {
   const Kernel& merge = kBackwardMerge.find(l.device, {l.dtype, l.head_dim});
   launch(merge, l.device, l.stream, l.grid(ceil_div(l.p.Nk, merge["BLOCK_N"])),
-         Args(l)
+         Args(l, merge)
              .pointer("part_k_ptr", part_k)
              .pointer("part_v_ptr", part_v)
              .pointer("grad_k_ptr", grad.k_short)
@@ -209,76 +269,94 @@ Tensor partial_sums(const Launch& l, int64_t programs, int64_t rows) {
 }
 
 void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
-                     const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
+                     const Tensor& lse, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim});
+  const int64_t heads = p.B * p.Hkv;
+  const Tensor statistics = empty_like_device(lse, {2 * heads, l.rows}, ScalarType::Float);
+  const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim, l.scaled_tile()});
   launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
-         Args(l)
+         Args(l, dq)
              .inputs()
              .pointer("out_ptr", out)
              .pointer("lse_ptr", lse)
              .pointer("grad_out_ptr", grad_out)
              .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
              .pointer("grad_q_ptr", grad_q)
-             .pointer("delta_ptr", delta)
+             .pointer("statistics_ptr", statistics)
              .problem(&grad_out)
              .integer("has_grad_lse", grad_lse.has_value()));
 
   const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim});
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
-  const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, p.Nk);
-  const Tensor part_k = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
-  const Tensor part_v = partial_sums(l, p.B * p.Hkv * blocks * splits, block_n);
-  const Tensor part_ks = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
-  const Tensor part_vs = partial_sums(l, p.B * p.Hkv * ceil_div(p.Nk, 64), l.short_rows());
+  const int64_t short_rows = l.short_rows(block_n);
+  // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
+  // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
+  // same rows.
+  const int64_t span = std::min(short_rows, p.Nk), rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
+  const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
+  const auto too_large = [&](int64_t share) {
+    const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
+    return share > 2 && (thrashes || blocks * splits_of(share) * heads < 4 * kResident);
+  };
+  int64_t share = 2 * block_n;
+  while (share < span) share *= 2;
+  while (too_large(share)) share /= 2;
+  const int64_t splits = splits_of(share);
+  const int64_t long_rows = heads * blocks * splits * 2 * block_n;  // each of two warpgroups leaves its own
+  const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);
+  const Tensor part_ks = partial_sums(l, heads * blocks, short_rows),
+               part_vs = partial_sums(l, heads * blocks, short_rows);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits),
-         Args(l)
-             .inputs()
-             .pointer("lse_ptr", lse)
-             .pointer("grad_out_ptr", grad_out)
-             .pointer("delta_ptr", delta)
-             .pointer("part_k_ptr", part_k)
-             .pointer("part_v_ptr", part_v)
+         Args(l, dkv)
+             .descriptor("q_desc", four_dimensional(p.q))
+             .descriptor("grad_out_desc", four_dimensional(grad_out))
+             .descriptor("statistics_desc", {statistics.const_data_ptr(), {2 * heads, l.rows}, {l.rows, 1}})
+             .pointer("k_long_ptr", l.axes.k_long)
+             .pointer("v_long_ptr", l.axes.v_long)
+             .pointer("k_short_ptr", l.axes.k_short)
+             .pointer("v_short_ptr", l.axes.v_short)
+             .descriptor("part_k_desc", {part_k.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
+             .descriptor("part_v_desc", {part_v.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
              .pointer("part_ks_ptr", part_ks)
              .pointer("part_vs_ptr", part_vs)
-             .problem(&grad_out)
-             .integer("num_splits", splits));
-  add_splits(l, grad, part_k, part_v, splits, block_n);
-  merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, 64, l.short_rows(), l.axes.w_long - 1);
+             .long_strides()
+             .short_strides()
+             .sizes()
+             .integer("num_splits", splits)
+             .integer("share", share));
+  add_splits(l, grad, part_k, part_v, 2 * splits, block_n);
+  merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, block_n, short_rows, l.axes.w_long - 1);
 }
 
-void backward_portable(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-                       const Tensor& out, const Tensor& lse, const Tensor& delta, const Tensor& grad_q,
-                       const GradAxes& grad) {
+// dq, delta, dk_short and dv_short.
+void query_gradients(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
+                     const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel& dq = l.select(kBackwardQ);
-  const int64_t block_m = dq["BLOCK_M"];
-  const int64_t num_tiles = ceil_div(l.rows, block_m);
-  const int64_t chunk_tiles = tiles_per_chunk(l, num_tiles, block_m);
-  const int64_t chunks = ceil_div(num_tiles, chunk_tiles);
-  const int64_t chunk_span = ceil_div(chunk_tiles * block_m, p.group()) + l.axes.w_short;
-  {
-    const Tensor part_k = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
-    const Tensor part_v = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
-    launch(dq, l.device, l.stream, l.grid(chunks),
-           Args(l)
-               .inputs()
-               .pointer("out_ptr", out)
-               .pointer("lse_ptr", lse)
-               .pointer("grad_out_ptr", grad_out)
-               .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
-               .pointer("grad_q_ptr", grad_q)
-               .pointer("delta_ptr", delta)
-               .pointer("part_k_ptr", part_k)
-               .pointer("part_v_ptr", part_v)
-               .problem(&grad_out)
-               .integer("has_grad_lse", grad_lse.has_value())
-               .integer("chunk_tiles", chunk_tiles)
-               .integer("chunk_span", chunk_span));
-    merge_chunks(l, grad, part_k, part_v, p.Nq, p.group(), chunk_tiles * block_m, chunk_span, 0);
-  }
+  const Kernel* skewed = l.skewed_backward();
+  const Kernel& dq = skewed ? *skewed : l.select(kBackwardQ);
+  const int64_t num_tiles = ceil_div(l.rows, dq["BLOCK_M"]);
+  const int64_t chunk_tiles = skewed ? 0 : tiles_per_chunk(l, num_tiles, dq["BLOCK_M"]);
+  const int64_t chunk_rows = skewed ? 64 : chunk_tiles * dq["BLOCK_M"];  // a skewed program has a chunk per warpgroup
+  const int64_t chunks = ceil_div(l.rows, chunk_rows);
+  const int64_t chunk_span = l.chunk_span(chunk_rows);
+  const Tensor part_k = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
+  const Tensor part_v = partial_sums(l, p.B * p.Hkv * chunks, chunk_span);
+  Args args(l, dq);
+  args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out);
+  args.pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse).pointer("grad_q_ptr", grad_q).pointer("delta_ptr", delta);
+  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v).problem(&grad_out);
+  args.integer("has_grad_lse", grad_lse.has_value());
+  if (!skewed) args.integer("chunk_tiles", chunk_tiles);
+  args.integer("chunk_span", chunk_span);
+  launch(dq, l.device, l.stream, l.grid(skewed ? num_tiles : chunks), args);
+  merge_chunks(l, grad, part_k, part_v, p.Nq, p.group(), chunk_rows, chunk_span, 0);
+}
 
+// dk_long and dv_long.
+void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
+                   const GradAxes& grad) {
+  const TwoSimplicialAttention& p = l.p;
   const Kernel& dkv = kBackwardKV.find(l.device, {l.dtype, l.head_dim});
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
@@ -287,7 +365,7 @@ void backward_portable(const Launch& l, const Tensor& grad_out, const std::optio
   const int64_t parts = splits > 1 ? p.B * p.Hkv * blocks * splits : 0;
   const Tensor part_k = partial_sums(l, parts, block_n), part_v = partial_sums(l, parts, block_n);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits),
-         Args(l)
+         Args(l, dkv)
              .inputs()
              .pointer("lse_ptr", lse)
              .pointer("grad_out_ptr", grad_out)
@@ -305,18 +383,19 @@ void backward_portable(const Launch& l, const Tensor& grad_out, const std::optio
 
 void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   const Launch l("two_simplicial_attention", p);
-  const Kernel* scaled = l.scaled_forward();
-  const Kernel& kernel = scaled ? *scaled : l.select(kForward);
+  const Kernel& kernel = l.forward();
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
-         Args(l).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());
+         Args(l, kernel).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());
 }
 
 void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                    const Tensor& out, const Tensor& lse, TwoSimplicialGrads& grads) {
   const Launch l("two_simplicial_attention_backward", p);
+  const GradAxes grad(l, grads);
+  if (l.scales()) return backward_scaled(l, grad_out, grad_lse, out, lse, grads.q, grad);
   const Tensor delta = empty_like_device(lse, {p.B, p.Hq, p.Nq}, ScalarType::Float);
-  (l.scales_backward() ? backward_scaled : backward_portable)(l, grad_out, grad_lse, out, lse, delta, grads.q,
-                                                              GradAxes(l, grads));
+  query_gradients(l, grad_out, grad_lse, out, lse, delta, grads.q, grad);
+  key_gradients(l, grad_out, lse, delta, grad);
 }
 
 }  // namespace simplex

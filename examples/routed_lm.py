@@ -3,12 +3,18 @@
 Equal blocks, tokens and (to 0.1 %) parameters: the dense and MoD models get a little more MLP for what the others spend
 on forecasts and students. Every other block is routed at capacity 0.5. The validation loss "as decoded" routes by the
 learned threshold, which sees no later token; "by top-k" routes as in training, which does.
+
+    python examples/routed_lm.py --out FOLDER RUN/routed.json ...
+
+joins such runs, of several seeds or of one model each, into one file, one table of means over the seeds, and plots.
 """
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -170,7 +176,7 @@ def compare(setup: train_lm.Setup, args: argparse.Namespace) -> None:
     train_text, valid_text = train_lm.read_stdlib()
     batches = train_lm.Batches(train_text, setup.batch, setup.length, args.seed, args.device)
     drawn = train_lm.Batches(valid_text, setup.batch, setup.length, args.seed + 1, args.device)
-    valid, statistics = [drawn.next() for _ in range(16)], []
+    valid, statistics = [drawn.next() for _ in range(max(1, 64 // setup.batch))], []
     curves = train_lm.train(models, batches, valid, args, statistics)
 
     rows = [evaluate(name, model, valid, setup) for name, model in models.items()]
@@ -179,7 +185,10 @@ def compare(setup: train_lm.Setup, args: argparse.Namespace) -> None:
         row["decode tokens/s"] = decode_rate(model, valid[0])
     print(show(rows))
     (args.out / "table.md").write_text(show(rows) + "\n")
-    log = {"seed": args.seed, "curves": curves, "statistics": statistics, "rows": rows}
+    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    machine = {"date": date.today().isoformat(), "hardware": hardware, "torch": torch.__version__}
+    log = {"machine": machine, "command": " ".join(sys.argv), "seed": args.seed}
+    log |= {"curves": curves, "statistics": statistics, "rows": rows}
     (args.out / "routed.json").write_text(json.dumps(log, indent=1) + "\n")
     train_lm.plot(
         curves,
@@ -190,3 +199,57 @@ def compare(setup: train_lm.Setup, args: argparse.Namespace) -> None:
     text = torch.tensor(list(valid_text[4096 : 4096 + 160].tolist()), device=args.device)
     plot_routes(models, text, args.out / "routes.png")
     print(f"wrote {', '.join(sorted(path.name for path in args.out.iterdir()))} to {args.out}/")
+
+
+def join(logs: list[dict]) -> list[dict]:
+    """One run per seed, of the models of all logs."""
+    runs: dict[int, dict] = {}
+    for log in sorted(logs, key=lambda log: [list(PAIRS).index(row["model"]) for row in log["rows"]]):
+        run = runs.setdefault(
+            log["seed"], log | {"curves": {}, "statistics": [{} for _ in log["statistics"]], "rows": []}
+        )
+        if run["curves"] and run["curves"]["tokens"] != log["curves"]["tokens"]:
+            raise ValueError(f"join: expected runs of seed {log['seed']} to see the same tokens")
+        run["curves"] |= log["curves"]
+        run["rows"] += log["rows"]
+        for record, more in zip(run["statistics"], log["statistics"], strict=True):
+            record |= more
+    return [runs[seed] for seed in sorted(runs)]
+
+
+def mean_rows(runs: list[dict]) -> list[dict]:
+    def mean(values: list) -> object:
+        return values[0] if isinstance(values[0], str) or values[0] is None else sum(values) / len(values)
+
+    return [
+        {key: mean([row[key] for row in rows]) for key in rows[0]}
+        for rows in zip(*(run["rows"] for run in runs), strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs = join([json.loads(path.read_text()) for path in args.logs])
+    (args.out / "routed.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    print(show(mean_rows(runs)))
+    for run in runs:
+        for row in run["rows"]:
+            print(
+                run["seed"],
+                row["model"],
+                *(f"{row[key]:.3f}" for key in ("bits/byte as decoded", "bits/byte by top-k")),
+            )
+    curves = {
+        key: [sum(x) / len(x) for x in zip(*(run["curves"][key] for run in runs), strict=True)]
+        for key in runs[0]["curves"]
+    }
+    train_lm.plot(curves, f"Python standard library, mean of {len(runs)} seeds", args.out / "curves.png")
+    plot_surprise(runs[0]["statistics"], curves["tokens"], args.out / "surprise.png")
+
+
+if __name__ == "__main__":
+    main()

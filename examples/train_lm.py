@@ -80,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
+    parser.add_argument("--batch", type=int, help="texts a step, instead of what the device trains well")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -235,6 +236,7 @@ def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     setup = SETUPS["cuda" if args.device.startswith("cuda") else "cpu"]
+    setup = replace(setup, batch=args.batch or setup.batch)
     if args.model:
         from routed_lm import compare
 

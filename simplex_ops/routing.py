@@ -118,6 +118,29 @@ def route_scatter_add(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None 
         return torch.ops.simplex.route_scatter_add(base, y, idx, gate)
 
 
+def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Puts routed rows in their place: ``out = base; out[b, idx[b, s]] = base + gate[b, s] * (y[b, s] - base)``.
+
+    Without a gate that is y, bit for bit. The whole of ``base + gate * (block(rows) - rows)`` in one pass, when y is
+    block(rows); rounded once, from float32 (float64 for float64). Deterministic: no two slots share a row.
+
+    Args:
+        base, y, idx, gate: as those of `route_scatter_add`.
+
+    Returns:
+        out, like base; once differentiable with respect to base, y and gate.
+
+    Raises:
+        RuntimeError: a rank, shape, dtype, device or (on the CPU) index that is not as above.
+
+    >>> idx = torch.tensor([[0, 2]], dtype=torch.int32)
+    >>> route_replace(torch.ones(1, 3, 1), torch.full((1, 2, 1), 3.0), idx, torch.tensor([[0.5, 1.0]])).flatten()
+    tensor([2., 1., 3.])
+    """
+    with torch.autocast(base.device.type, enabled=False):
+        return torch.ops.simplex.route_replace(base, y, idx, gate)
+
+
 # The fakes: the checks and texts of csrc/routing.cpp, on sizes that may be symbols.
 
 
@@ -177,7 +200,30 @@ def _scatter_add_fake(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None 
 def _scatter_add_backward_fake(
     grad_out: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_update("route_scatter_add_backward", "grad_out", grad_out, y, idx, gate)
+    return _update_backward_fake("route_scatter_add_backward", grad_out, y, idx, gate)
+
+
+@torch.library.register_fake("simplex::route_replace")
+def _replace_fake(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None) -> Tensor:
+    _check_update("route_replace", "base", base, y, idx, gate)
+    return base.new_empty(base.shape)
+
+
+@torch.library.register_fake("simplex::route_replace_backward")
+def _replace_backward_fake(
+    grad_out: Tensor, base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "route_replace_backward"
+    grads = _update_backward_fake(op, grad_out, y, idx, gate)
+    expect_sizes(op, "base", base, tuple(grad_out.shape), "that of grad_out")
+    expect_like(op, "base", base, "grad_out", grad_out)
+    return grads
+
+
+def _update_backward_fake(
+    op: str, grad_out: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_update(op, "grad_out", grad_out, y, idx, gate)
     sizes = (0, 0) if gate is None else tuple(gate.shape)
     return (
         grad_out.new_empty(grad_out.shape),
@@ -207,7 +253,7 @@ def _check_update(op: str, name: str, rows: Tensor, y: Tensor, idx: Tensor, gate
         expect_device(op, "gate", gate, name, rows)
 
 
-# FLOPs are arithmetic on the data: choosing and moving count nothing, adding a gated row two for each element.
+# FLOPs are arithmetic on the data, by element: choosing and moving count nothing, adding a gated row two, replacing it three.
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
@@ -226,7 +272,26 @@ def _update_backward_flops(
     return (0 if gate is None else 3) * math.prod(y)  # gate * grad, and a product with y
 
 
+def _replace_flops(
+    rows: Sequence[int], y: Sequence[int], idx: Sequence[int], gate: Sequence[int] | None = None, **kwargs: Any
+) -> int:
+    return (0 if gate is None else 3) * math.prod(y)
+
+
+def _replace_backward_flops(
+    grad_out: Sequence[int],
+    base: Sequence[int],
+    y: Sequence[int],
+    idx: Sequence[int],
+    gate: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> int:
+    return (0 if gate is None else 5) * math.prod(y)
+
+
 for _op in ("topk_route", "threshold_route", "route_gather", "route_gather_backward"):
     register_flops(getattr(torch.ops.simplex, _op), _no_flops)
 register_flops(torch.ops.simplex.route_scatter_add, _update_flops)
 register_flops(torch.ops.simplex.route_scatter_add_backward, _update_backward_flops)
+register_flops(torch.ops.simplex.route_replace, _replace_flops)
+register_flops(torch.ops.simplex.route_replace_backward, _replace_backward_flops)

@@ -51,9 +51,10 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
         part_k_ptr=part_k, part_v_ptr=part_v, num_splits=num_splits, **shared, **strides(g=grad_out), **constants,
     )  # fmt: skip
     if num_splits > 1:
-        kernels.two_simplicial_bwd_sum[(-(-n_k // 8) * bh,)](
+        kernels.two_simplicial_bwd_sum[(n_k * bh,)](
             part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[1], grad_v_ptr=grads[3], num_keys=n_k,
-            kv_heads=kv_heads, head_dim=dim, scale=scale, num_splits=num_splits, block_keys=16, HEAD_DIM=head_dim, BLOCK_N=8,
+            kv_heads=kv_heads, head_dim=dim, scale=scale, num_splits=num_splits, block_keys=16, HEAD_DIM=head_dim,
+            BLOCK_SPLITS=2,
         )  # fmt: skip
     return [out, lse, *grads]
 

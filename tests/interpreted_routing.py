@@ -3,6 +3,8 @@
 Imported by the process of interpreter.py only.
 """
 
+import itertools
+
 import reference
 import torch
 
@@ -65,7 +67,7 @@ def check_choice(scores, k, cap, threshold):
     assert torch.equal(count, expected_count)
 
 
-def check_moves(dtype, gated):
+def check_moves(dtype, gated, replaces):
     batch, length, slots, dim = 2, 9, 6, 24
     x, y = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, slots, dim).to(dtype)
     gate = torch.rand(batch, slots)
@@ -84,21 +86,23 @@ def check_moves(dtype, gated):
     routing.route_slots[(4,)](idx_ptr=idx, slot_of_ptr=slot_of, length=length, slots=slots, total=total, BLOCK=4)
     pointers = {"y_ptr": y, "gate_ptr": gate, "slot_of_ptr": slot_of, "rows": batch * length, "ROWS": 4, **tile}
     scattered = torch.full_like(x, NAN)
-    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=scattered, has_base=0, has_gate=0, **pointers)
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=scattered, has_base=0, has_gate=0, replaces=1, **pointers)
     assert torch.equal(scattered, reference.route_scatter_add(torch.zeros_like(x), y, legal))
 
     leaves = [t.double().requires_grad_() for t in (x, y, gate)]
-    truth = reference.route_scatter_add(*leaves[:2], legal, leaves[2] if gated else None)
+    put_back = reference.route_replace if replaces else reference.route_scatter_add
+    truth = put_back(*leaves[:2], legal, leaves[2] if gated else None)
     grad = torch.randn(truth.shape).to(dtype)
-    truth_grads = torch.autograd.grad(truth, leaves[1 : 3 if gated else 2], grad.double())
+    truth_grads = torch.autograd.grad(truth, leaves[: 3 if gated else 2], grad.double())
     out, grad_y, grad_gate = torch.full_like(x, NAN), torch.full_like(y, NAN), torch.full_like(gate, NAN)
-    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=out, has_base=1, has_gate=int(gated), **pointers)
+    grad_x, how = grad.clone(), {"has_gate": int(gated), "replaces": int(replaces)}
+    routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=out, has_base=1, **how, **pointers)
     routing.route_scatter_add_bwd[(total,)](
-        grad_out_ptr=grad, y_ptr=y, idx_ptr=idx, gate_ptr=gate, grad_y_ptr=grad_y, grad_gate_ptr=grad_gate,
-        length=length, slots=slots, has_gate=int(gated), **tile,
+        grad_out_ptr=grad, base_ptr=x, y_ptr=y, idx_ptr=idx, gate_ptr=gate, grad_base_ptr=grad_x, grad_y_ptr=grad_y,
+        grad_gate_ptr=grad_gate, length=length, slots=slots, **how, **tile,
     )  # fmt: skip
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
-    for actual, expected in zip((out, grad_y, grad_gate), (truth.detach(), *truth_grads), strict=False):
+    for actual, expected in zip((out, grad_x, grad_y, grad_gate), (truth.detach(), *truth_grads), strict=False):
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
     assert gated or grad_gate.isnan().all()
 
@@ -147,7 +151,7 @@ def check_append(dtype, rotates):
     sizes = {"positions_ptr": positions, "count_ptr": count, "slots": slots, "capacity": capacity}
     route_kv_append.route_kv_append_rows[(batch * slots,)](
         **sizes, k_ptr=k, v_ptr=v, frequencies_ptr=frequencies, keys_ptr=keys, values_ptr=values, row=heads * head_dim,
-        half=head_dim // 2, rotates=int(rotates), BLOCK=16,
+        half=head_dim // 2, rotates=int(rotates), BLOCK_H=4, BLOCK=16,
     )  # fmt: skip
     route_kv_append.route_kv_append_count[(batch,)](**sizes, BLOCK=2)
     tolerance = 2e-3 if dtype == torch.float16 else 1e-6
@@ -175,8 +179,8 @@ CASES = {
     ],
     "logits": lambda: [check_logits(d, prev) for d in (torch.float32, torch.float16) for prev in (False, True)],
     "append": lambda: [check_append(d, rotates) for d in (torch.float32, torch.float16) for rotates in (False, True)],
-    "moves": lambda: [check_moves(torch.float32, gated) for gated in (False, True)],
-    "moves, fp16": lambda: [check_moves(torch.float16, gated) for gated in (False, True)],
+    "moves": lambda: [check_moves(torch.float32, *how) for how in itertools.product((False, True), repeat=2)],
+    "moves, fp16": lambda: [check_moves(torch.float16, *how) for how in itertools.product((False, True), repeat=2)],
 }
 
 

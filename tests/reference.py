@@ -131,6 +131,12 @@ def route_scatter_add(base, y, idx, gate=None):
     return base.to(update.dtype).scatter_add(1, into, update).to(base.dtype)
 
 
+def route_replace(base, y, idx, gate=None):
+    """out = base; out[b, idx[b, s]] += gate[b, s] (y[b, s] - out[b, idx[b, s]]), where idx is not negative."""
+    x = base.to(wide(base.dtype))
+    return route_scatter_add(x, y.to(x.dtype) - route_gather(x, idx), idx, gate).to(base.dtype)
+
+
 def plucker_mean(z, offsets, valid=None, cu_seqlens=None, smallest_sine=1e-6):
     """pbar_t = mean over the offsets with t - offset >= 0 (and both tokens valid) of p / |p|, where p holds the minors
     z_{t,i} z_{t-offset,j} - z_{t,j} z_{t-offset,i}, i < j; 0 for a pair that spans no plane, and where nothing is paired.

@@ -74,9 +74,10 @@ def routing(dtype, dims):
         differentiate([gate], [*rows, *numbers])
         idx, _ = simplex_ops.topk_route(gate.detach(), (length + 1) // 2)
         simplex_ops.threshold_route(gate.detach(), 0.75, length)
-        y = simplex_ops.route_gather(rows[0], idx)
         weights = torch.rand(idx.shape, device="cuda", requires_grad=True)
-        differentiate([simplex_ops.route_scatter_add(rows[1], y, idx, weights)], [rows[0], rows[1], weights])
+        for put_back in (simplex_ops.route_scatter_add, simplex_ops.route_replace):
+            y = simplex_ops.route_gather(rows[0], idx)
+            differentiate([put_back(rows[1], y, idx, weights)], [rows[0], rows[1], weights])
         logits_of = (rows[2], torch.randn(2 * dim, device="cuda", requires_grad=True), rows[0][:, 0])
         differentiate(
             [simplex_ops.causal_route_logits(*logits_of[:2], before) for before in (None, logits_of[2])], logits_of[:2]

@@ -113,6 +113,14 @@ def test_routed_layers_are_their_equations(device, capacity, length):
     torch.testing.assert_close(mod(x), by_hand(mod, x, mod.router(x)[..., 0]))
 
 
+def test_made_on_a_device(device):
+    """What `device=` makes is where its block is: parameters, buffers, and what a pass makes of them."""
+    block, x = Attention().to(device), torch.randn(2, 9, DIM, device=device)
+    made = DecisionLayer(block, DIM, device=device)(x)
+    out = MixtureOfDepthsLayer(block, DIM, device=device)(DynamicLayer(block, device=device)(made.x, made.gate))
+    assert out.device == x.device
+
+
 def test_full_capacity_and_open_gates_are_the_block(device):
     layer = DynamicLayer(Attention(), 1.0).to(device)
     x = torch.randn(2, 12, DIM, device=device)

@@ -183,6 +183,13 @@ def model_of(name, device="cpu", **options):
     )
 
 
+def make_room(model):
+    """For all tokens in the caches, so that none is skipped for want of it."""
+    for layer in model.modules():
+        if isinstance(layer, RoutedLayer):
+            layer.capacity = 1.0
+
+
 @pytest.mark.parametrize("name", ["mod", "sdt", "stt"])
 def test_the_decoder_decodes_what_it_sees_whole(device, name):
     model = model_of(name, device)
@@ -194,9 +201,7 @@ def test_the_decoder_decodes_what_it_sees_whole(device, name):
     names, routes = route_map(model)
     assert len(names) == 2
     assert 0.2 < routes.float().mean() < 0.8
-    for layer in model.modules():  # room for all, so that none is skipped for want of it
-        if isinstance(layer, RoutedLayer):
-            layer.capacity = 1.0
+    make_room(model)
     cache, out, seen = model.new_cache(3, 40), [], []
     for t in range(40):
         out.append(model(tokens[:, t : t + 1], cache, t))
@@ -204,6 +209,30 @@ def test_the_decoder_decodes_what_it_sees_whole(device, name):
     assert torch.equal(torch.cat(seen, 2), routes)
     torch.testing.assert_close(torch.cat(out, 1), whole, rtol=1e-3, atol=1e-4)
     assert model.generate(tokens[:, :7], 5, temperature=0).shape == (3, 12)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_texts_of_different_lengths_share_the_decoder(device, name):
+    """Prompts of 3, 11 and 1 tokens in one batch: each text is continued as it is alone, from the same logits."""
+    model = model_of(name, device)
+    for _ in range(3):
+        model(torch.randint(64, (4, 40), device=device))
+    make_room(model.eval().requires_grad_(False))
+    tokens, lengths = torch.randint(64, (3, 11), device=device), torch.tensor([3, 11, 1], device=device)
+    at = torch.arange(11, device=device)
+    logits = model(tokens, model.new_cache(3, 40), 0, torch.where(at < lengths[:, None], at, -1))
+    texts = model.generate(tokens, 9, temperature=0, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = tokens[b : b + 1, :n]
+        torch.testing.assert_close(logits[b, :n], model(alone, model.new_cache(1, 40))[0], rtol=1e-3, atol=1e-4)
+        assert torch.equal(texts[b, : n + 9], model.generate(alone, 20, temperature=0)[0, : n + 9])
+        assert texts[b, n + 9 :].sum() == 0
+
+
+def test_a_layer_of_one_position_says_so():
+    model = DecoderLM(DecoderConfig(**SIZES, layers=("sdpa", "grassmann")))
+    with pytest.raises(ValueError, match="Block: expected a mixer that takes positions, got GrassmannMixing"):
+        model(torch.zeros(1, 3, dtype=torch.long), None, 0, torch.arange(3)[None])
 
 
 def storage(tensors):

@@ -1,11 +1,11 @@
-"""The Hopper kernels with scaled tiles: logits that leave the range of a fixed reference, and what chooses these kernels."""
+"""The Hopper kernels, scaled and skewed: logits that leave the range of a fixed reference, and what chooses these kernels."""
 
 from functools import partial
 
 import pytest
 import reference
 import torch
-from problem import assert_close_to_truth, assert_same_bits, draw, evaluate
+from problem import assert_close_to_truth, assert_same_bits, check, draw, evaluate
 from torch.profiler import ProfilerActivity, profile
 
 import simplex_ops
@@ -25,22 +25,55 @@ def kernels_of(run):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ratio", "w", "forward", "backward"),
+    ("dtype", "ratio", "w", "kind"),
     [
-        (torch.bfloat16, 64, (64, 16), True, True),
-        (torch.float16, 128, (16, 64), True, True),
-        (torch.bfloat16, 8, (64, 16), True, False),  # too few rows share a short key's part of the backward pass
-        (torch.float16, 8, (64, 16), False, False),  # fp16 takes both or none
-        (torch.bfloat16, 1, (64, 16), False, False),  # 64 tokens a tile see far more short keys than one does
-        (torch.float32, 64, (64, 16), False, False),
+        (torch.bfloat16, 64, (64, 16), "_scaled"),
+        (torch.float16, 128, (16, 64), "_scaled"),
+        (torch.bfloat16, 8, (64, 16), "_scaled"),
+        (torch.bfloat16, 8, (64, 12), "_skewed"),  # too few rows share a short key's part of the backward pass
+        (torch.bfloat16, 12, (64, 64), "_skewed"),  # copies of 8 heads cannot make up 12
+        (torch.float16, 3, (64, 16), "_skewed"),
+        (torch.bfloat16, 1, (16, 64), "_skewed"),
+        (torch.float32, 64, (64, 16), ""),
     ],
 )
-def test_choice_of_the_kernels(dtype, ratio, w, forward, backward):
+def test_choice_of_the_kernels(dtype, ratio, w, kind):
+    """Both passes or none: a backward pass that rounds S otherwise than its forward takes the difference for a gradient."""
     problem = draw(n_k=70, ratio=ratio, dim=64, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
     evaluate(op, problem)  # loads the kernels
     names = kernels_of(lambda: evaluate(op, problem))
-    assert ("two_simplicial_fwd_scaled" in names) == forward
-    assert ("two_simplicial_bwd_dkv_scaled" in names) == backward
+    assert {f"two_simplicial_fwd{kind}", f"two_simplicial_bwd_dq{kind}"} <= names
+    assert ("two_simplicial_bwd_dkv_scaled" in names) == (kind == "_scaled")
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 4, 6, 8, 70])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "w"),
+    [
+        (50, 50, (20, 7)),  # fewer tokens than a tile, in a window smaller than one
+        (200, 200, (9, 130)),
+        (130, 130, (1, 1)),
+        (100, 257, (128, 1)),
+        (64, 333, (300, 40)),
+        (1, 200, (64, 5)),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 72)])
+def test_skewed_kernels(dtype, dim, n_q, n_k, w, ratio):
+    problem = draw(n_q=n_q, n_k=n_k, kv_heads=2, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    actual = check(op, problem)
+    for name, x in evaluate(op, problem).items():
+        assert_same_bits(x, actual[name], name)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33)), (8, (140, 40)), (64, (32, 20))]
+)
+@pytest.mark.parametrize("dim", [40, 64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients(dtype, dim, ratio, w):
+    problem = draw(batch=1, n_k=150, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    check(op, problem)
 
 
 def forward_reference(problem, dtype):
@@ -81,7 +114,9 @@ LOGITS = {f.__name__: f for f in (rising, falling, huge, late_key, early_key)}
 
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("scale", [None, -0.09, 0.0])
-@pytest.mark.parametrize(("ratio", "w", "dim"), [(64, (90, 13), 128), (8, (70, 40), 64), (128, (9, 130), 72)])
+@pytest.mark.parametrize(
+    ("ratio", "w", "dim"), [(64, (90, 13), 128), (128, (9, 130), 72), (1, (90, 13), 128), (3, (70, 40), 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_any_range(dtype, ratio, w, dim, scale, logits):
     """Exponents are relative to a reference that is not the maximum: output and lse must not show it."""
@@ -111,7 +146,8 @@ def test_all_logits_far_below_zero(dtype):
 def test_fp16_weights_that_are_each_too_small():
     """Tokens whose first tile lies outside their window start from a reference of 0: 64 of the weights of 2^-22.7 sum to
     more than 1/2 here, but fp16 would round each by a fifth."""
-    inputs = [torch.full((1, 2176, 1, 40), x, dtype=torch.float16, device="cuda") for x in (-1, 1, 1, 1, 1)]
+    q = torch.full((1, 2176, 8, 40), -1, dtype=torch.float16, device="cuda")
+    inputs = [q, *(torch.ones_like(q[:, :, :1]) for _ in range(4))]
     run = partial(op, *inputs, 2048, 2048, scale=0.393)
     run()
     assert "two_simplicial_fwd_scaled" in kernels_of(run)

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,21 +199,31 @@ def tensor_map(meta: dict[str, Any], lists: list[str], label: str) -> str:
     return f"{{{meta['swizzle']}, {meta['elem_size']}, {meta['elem_type']}, {fp4}, kBox{label}}}"
 
 
-def build(out_dir: Path) -> None:
-    """Compile every variant into out_dir, on all cores."""
-    out_dir = Path(out_dir).resolve()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    variants = all_variants()
-    # fork: a worker inherits the imported Triton, and `function` objects need no pickling.
-    with multiprocessing.get_context("fork").Pool(
-        initializer=configure_triton, initargs=(out_dir.parent / "triton_cache",)
-    ) as pool:
-        rows = []
-        for i, (cubin, row) in enumerate(pool.imap(_compile_index, range(len(variants)))):
-            (out_dir / f"{row['name']}.cubin").write_bytes(cubin)
-            rows.append(row)
-            print(f"[{i + 1}/{len(variants)}] {row['name']}: {row['registers']} registers, {row['spills']} B spilled, "
-                  f"{row['shared'] / 1024:.0f} KiB shared", flush=True)
+def compile_all(
+    variants: list[Variant], cache: Path, compile: Callable[[Variant], Any] = compile_variant
+) -> Iterator[Any]:
+    """compile(variant) of each, in order, on all cores."""
+    # fork: a worker inherits the imported Triton and the variants, whose functions cannot be pickled.
+    with multiprocessing.get_context("fork").Pool(initializer=_start_worker, initargs=(variants, cache, compile)) as pool:
+        yield from pool.imap(_compile_index, range(len(variants)))
+
+
+def _start_worker(*work: Any) -> None:
+    global _work
+    _work = work
+    configure_triton(work[1])
+
+
+def _compile_index(i: int) -> Any:
+    variants, _, compile = _work
+    return compile(variants[i])
+
+
+def write_table(out_dir: Path, compiled: list[tuple[bytes, dict[str, Any]]]) -> None:
+    """Cubins, manifest.json and kernels.cpp, and no other cubins beside them."""
+    rows = [row for _, row in compiled]
+    for cubin, row in compiled:
+        (out_dir / f"{row['name']}.cubin").write_bytes(cubin)
     for stale in set(out_dir.glob("*.cubin")) - {out_dir / f"{row['name']}.cubin" for row in rows}:
         stale.unlink()
     ptxas_version = re.search(r"release ([\d.]+)", subprocess.check_output([str(PTXAS), "--version"], text=True)).group(1)
@@ -221,8 +232,17 @@ def build(out_dir: Path) -> None:
     (out_dir / "kernels.cpp").write_text(kernels_cpp(rows))
 
 
-def _compile_index(i: int) -> tuple[bytes, dict[str, Any]]:
-    return compile_variant(all_variants()[i])
+def build(out_dir: Path) -> None:
+    """Compile every variant into out_dir, on all cores."""
+    out_dir = Path(out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    variants = all_variants()
+    compiled = []
+    for cubin, row in compile_all(variants, out_dir.parent / "triton_cache"):
+        compiled.append((cubin, row))
+        print(f"[{len(compiled)}/{len(variants)}] {row['name']}: {row['registers']} registers, {row['spills']} B spilled, "
+              f"{row['shared'] / 1024:.0f} KiB shared", flush=True)
+    write_table(out_dir, compiled)
 
 
 if __name__ == "__main__":

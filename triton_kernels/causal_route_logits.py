@@ -68,11 +68,12 @@ def causal_route_logits_bwd(
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
-# Not measured yet.
+# Forward on the H100, 8 x 4096 x 2048 bf16, of a copy's bandwidth (BLOCK_D, warps): (512, 2) 0.88, (1024, 2) 0.82, (1024, 4) 0.81,
+# (512, 4) 0.72, (2048, 8) 0.66. Backward: not measured.
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):
-        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"BLOCK_D": 1024, "num_warps": 4}))
+        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"BLOCK_D": 512, "num_warps": 2}))
         tile = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
         table.append(Variant(causal_route_logits_bwd, arch, {"dtype": dtype}, tile))
     return table

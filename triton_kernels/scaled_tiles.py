@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.core import _aggregate as aggregate
 
 LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of a warpgroup
 
 
@@ -17,6 +18,16 @@ def _advance(barriers, stage, phase):
     """The stage of a ring with these barriers that follows, and the phase that it waits for there."""
     last = stage == barriers.shape[0] - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _skip(full, empty, count, stage, phase):
+    """Lets `count` stages of a ring with these barriers pass, which are for the other warpgroup."""
+    for _ in range(count):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = _advance(full, stage, phase)
+    return stage, phase
 
 
 @aggregate
@@ -81,12 +92,7 @@ class Ring:
 
     @gluon.jit
     def skip(self, count, stage, phase):
-        """Lets tiles pass that are for the other warpgroup."""
-        for _ in range(count):
-            mbarrier.wait(self.full.index(stage), phase)
-            mbarrier.arrive(self.empty.index(stage))
-            stage, phase = self.advance(stage, phase)
-        return stage, phase
+        return _skip(self.full, self.empty, count, stage, phase)
 
 
 @gluon.jit
@@ -197,3 +203,127 @@ def _own_steps(first_pos, last_pos, first_b, num_b, w_b):
 def _sees_one_pair(pos, w_long, w_short):
     """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated)."""
     return (pos == 0) | (w_long + w_short == 2)
+
+
+@gluon.jit
+def _lane_sums(p):
+    """Sums over the columns that a thread holds; the four lanes of a row are added at the end."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _over_columns(x, like):
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _weights(s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, past, REBASE: gl.constexpr, EXACT: gl.constexpr):
+    """P = exp2(S - ref), a reference and sums to go on with, and the factor that earlier sums of P @ V need for it.
+
+    Along a lie the columns, of which a row sees those after `since` up to pos; the rows with `seen` see the other axis' key,
+    those with `past` are not before it.
+    """
+    if EXACT or at_edge:
+        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None])
+        s = gl.where(valid & seen[:, None] if EXACT else valid, s, float("-inf"))
+    alpha = ref
+    if REBASE:
+        # Without EXACT any logit of the past will do, seen or not: rows that this takes out of range are done again.
+        new_ref = gl.maximum(ref, gl.where(past, gl.max(s, 1) * to_exponent, float("-inf")))
+        # A row without a logit so far: 0 avoids -inf - -inf.
+        finite_ref = gl.where(new_ref == float("-inf"), 0.0, new_ref)
+        alpha = gl.exp2(ref - finite_ref)
+        row_sum = row_sum * _over_columns(alpha, row_sum)
+        ref = new_ref if EXACT else finite_ref
+    shift = gl.where(seen, gl.where(ref == float("-inf"), 0.0, -ref) if EXACT else -ref, float("-inf"))
+    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
+    return p, ref, row_sum + _lane_sums(p), alpha
+
+
+@gluon.jit
+def _load_queries(q_smem, warpgroup, q_ptr, stride_qn, stride_qh, first_row, num_rows, group, head_dim, scale):
+    """64 rows of q to shared memory with the sign of scale, so that the maximum of S is the maximum of the logits; and what takes
+    S to an exponent of 2."""
+    PAIRS: gl.constexpr = q_smem.shape[2] // 2
+    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, pairs))
+    d = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
+    q_ptrs = _row_ptrs(_pairs(q_ptr), row // group, stride_qn // 2, d) + (row % group)[:, None] * (stride_qh // 2)
+    q = gl.load(q_ptrs, mask=(row < num_rows)[:, None] & (d < head_dim // 2)[None, :], other=0)
+    _as_pairs(q_smem).index(warpgroup).store(q ^ gl.where(scale < 0, -0x7FFF8000, 0))  # both halves' sign bits
+    gl.barrier()
+    # A scale of 0 becomes one that is 0 to every finite logit but keeps -inf * scale == -inf.
+    return gl.maximum(gl.maximum(scale, -scale) * LOG2E, 1e-30)
+
+
+@gluon.jit
+def _in_range(ring, warpgroup, o, row_sum, pos, row_ok, w_long, w_short, dtype: gl.constexpr):
+    """The rows whose sums are right, and a word to the others of the block on whether all are."""
+    # Weights overflow far above the reference. Far below it, fp16 ones lose bits (2^-25 each at most, so that 2^-12 of the sum
+    # may be lost) and bf16 ones do not.
+    least = gl.full_like(row_sum, 1e-20)
+    if dtype == gl.float16:
+        pairs = gl.minimum(pos + 1, w_long).to(gl.float32) * gl.minimum(pos + 1, w_short).to(gl.float32)
+        least = gl.maximum(pairs * 2.0**-13, 0.5)
+    in_range = (row_sum >= least) & (row_sum + gl.convert_layout(gl.sum(o * 0.0, 1), row_sum.type.layout) < float("inf"))
+    bad = row_ok & (in_range == 0)
+    flag: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ring.redo.index(warpgroup).store(gl.full([1], 0, gl.int32, flag) + gl.max(bad.to(gl.int32), 0))
+    mbarrier.arrive(ring.verdict)
+    return in_range
+
+
+@gluon.jit
+def _store(o, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out_stride, head_dim, dtype: gl.constexpr):
+    HEAD_DIM: gl.constexpr = o.shape[1]
+    o_rows: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    gl.store(lse_ptr + (row % group).to(gl.int64) * num_queries + row // group, (ref + gl.log2(row_sum)) * LN2, mask=mask)
+    row = gl.convert_layout(row, o_rows)
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o.type.layout))
+    out_ptrs = _row_ptrs(out_ptr, (row // group).to(gl.int64) * out_stride + row % group, head_dim, d)
+    out_mask = gl.convert_layout(mask, o_rows)[:, None] & (d < head_dim)[None, :]
+    gl.store(out_ptrs, (o / _over_columns(row_sum, o)).to(dtype), mask=out_mask)
+
+
+@gluon.jit
+def _out_ptrs(ptr, first_row, out_stride, num_rows, group, head_dim, layout: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Where 64 rows of out or dq are, and which there are. out_stride: the heads of all kv heads."""
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    ptrs = ptr + ((row // group).to(gl.int64) * out_stride + row % group)[:, None] * head_dim + d[None, :]
+    return ptrs, (row < num_rows)[:, None] & (d < head_dim)[None, :]
+
+
+@gluon.jit
+def _store_rows(ptr, x, first_row, out_stride, num_rows, group, head_dim):
+    ptrs, mask = _out_ptrs(ptr, first_row, out_stride, num_rows, group, head_dim, x.type.layout, x.shape[1])
+    gl.store(ptrs, x, mask=mask)
+
+
+@gluon.jit
+def _lse_and_delta(grad_out, first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride, num_queries, num_rows, group,
+                   head_dim):  # fmt: skip
+    """lse as an exponent of 2 and delta = sum(dO * out) - dlse, of 64 rows; `single`: rows that see one pair."""
+    ptrs, mask = _out_ptrs(out_ptr, first_row, out_stride, num_rows, group, head_dim, grad_out.type.layout, grad_out.shape[1])
+    out = gl.load(ptrs, mask=mask, other=0.0)
+    delta = gl.convert_layout(gl.sum(grad_out.to(gl.float32) * out.to(gl.float32), 1), single.type.layout)
+    delta = gl.where(single, 0.0, delta)
+    row = first_row + gl.arange(0, ROWS, single.type.layout)
+    lse_row = (row % group).to(gl.int64) * num_queries + row // group
+    if has_grad_lse != 0:
+        delta -= gl.load(grad_lse_ptr + lse_row, mask=row < num_rows, other=0.0)
+    # inf: P of a row past the end is 0
+    return gl.load(lse_ptr + lse_row, mask=row < num_rows, other=float("inf")) * LOG2E, delta
+
+
+@gluon.jit
+def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, since, at_edge, seen, single):
+    """P and dS, 0 for pairs that are not seen."""
+    shift = gl.where(seen, -lse2, float("-inf"))
+    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
+    ds = p * (dp - delta[:, None])
+    if at_edge:
+        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None]) & seen[:, None]
+        p = gl.where(valid, p, 0.0)
+        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
+    return p, ds

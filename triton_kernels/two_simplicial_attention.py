@@ -320,6 +320,8 @@ def two_simplicial_bwd_dkv(
     Where the blocks of keys are too few to fill the GPU, num_splits programs share the rows of a block and leave fp32
     partial sums for two_simplicial_bwd_sum.
     """
+    # fp32: six bf16 products where wgmma multiplies, which takes 64 keys and 16 rows, else three tf32 ones.
+    PRECISION: tl.constexpr = "bf16x6" if BLOCK_N == 64 else "tf32x3"
     num_rows = num_queries * group
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -365,8 +367,8 @@ def two_simplicial_bwd_dkv(
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
             gv = grad_out * v_short
-            s_t = tl.dot(k, tl.trans(qk), input_precision="tf32x3")  # [BLOCK_N, BLOCK_M]
-            dp_t = tl.dot(v, tl.trans(gv), input_precision="tf32x3")
+            s_t = tl.dot(k, tl.trans(qk), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(gv), input_precision=PRECISION)
             p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
             if at_edge | (offset > first_pos):
@@ -374,8 +376,8 @@ def two_simplicial_bwd_dkv(
                 p_t = tl.where(valid, p_t, 0.0)
                 single = _sees_one_pair(pos, w_long, w_short)
                 ds_t = tl.where(valid, tl.where(single[None, :], -delta[None, :], ds_t), 0.0)
-            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision="tf32x3")
-            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision="tf32x3")
+            grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
+            grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)
 
     if num_splits > 1:
         part_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -392,30 +394,32 @@ def two_simplicial_bwd_dkv(
 def two_simplicial_bwd_sum(
     part_k_ptr: "*fp32:16", part_v_ptr: "*fp32:16", grad_k_ptr: "*dtype:16", grad_v_ptr: "*dtype:16",
     num_keys: "i32", kv_heads: "i32", head_dim: "i32:8", scale: "fp32", num_splits: "i32", block_keys: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):
-    """dk_long and dv_long: the splits' partial sums of two_simplicial_bwd_dkv (blocks of block_keys), added in order."""
-    num_programs = tl.cdiv(num_keys, BLOCK_N)
-    num_blocks = tl.cdiv(num_keys, block_keys)
-    batch_head = (tl.program_id(0) // num_programs).to(tl.int64)
-    n = tl.program_id(0) % num_programs * BLOCK_N + tl.arange(0, BLOCK_N)
+    """dk_long and dv_long of one key: the splits' partial sums of two_simplicial_bwd_dkv (blocks of block_keys), added in an
+    order that only their number decides."""
+    batch_head = (tl.program_id(0) // num_keys).to(tl.int64)
+    n = tl.program_id(0) % num_keys
     d = tl.arange(0, HEAD_DIM)
-    mask = (n < num_keys)[:, None] & (d < head_dim)[None, :]
-    first_part = (batch_head * num_blocks + n // block_keys) * num_splits
-    grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for split in range(0, num_splits):
+    d_ok = d < head_dim
+    first_part = (batch_head * tl.cdiv(num_keys, block_keys) + n // block_keys) * num_splits
+    grad_k = tl.zeros([BLOCK_SPLITS, HEAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_SPLITS, HEAD_DIM], tl.float32)
+    for first_split in range(0, num_splits, BLOCK_SPLITS):
+        split = first_split + tl.arange(0, BLOCK_SPLITS)
         part_row = (first_part + split) * block_keys + n % block_keys
+        mask = (split < num_splits)[:, None] & d_ok[None, :]
         grad_k += tl.load(_row_ptrs(part_k_ptr, part_row, head_dim, d), mask=mask, other=0.0)
         grad_v += tl.load(_row_ptrs(part_v_ptr, part_row, head_dim, d), mask=mask, other=0.0)
     row = (batch_head // kv_heads * num_keys + n) * kv_heads + batch_head % kv_heads
-    tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=mask)
-    tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
+    grad_k = (tl.sum(grad_k, 0) * scale).to(grad_k_ptr.dtype.element_ty)
+    tl.store(grad_k_ptr + row * head_dim + d, grad_k, mask=d_ok)
+    tl.store(grad_v_ptr + row * head_dim + d, tl.sum(grad_v, 0).to(grad_v_ptr.dtype.element_ty), mask=d_ok)
 
 
 # Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
-# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. fp32 products are three tf32 ones, with operands
-# and code to match.
+# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32 ones (or six
+# bf16 ones), with operands and code to match.
 def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
@@ -423,6 +427,14 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
             two_simplicial_fwd: (16, 16, 4, 1) if head_dim == 256 else (32, min(64, 4096 // head_dim), 4, 1),
             two_simplicial_bwd_dq: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 4, 1),
             two_simplicial_bwd_dkv: (8, 16, 8, 1) if head_dim == 256 else (16, 32, 8, 1),
+        }
+        if arch == "sm90a" and head_dim <= 128:
+            tiles[two_simplicial_bwd_dkv] = (16 if head_dim == 128 else 32, 64, 4, 1)  # 64 rows: wgmma
+    elif head_dim == 256 and arch == "sm90a":
+        tiles = {
+            two_simplicial_fwd: (64, 128, 8, 1),
+            two_simplicial_bwd_dq: {64: (64, 64, 8, 1), 8: (64, 32, 8, 1), 1: (16, 32, 8, 1)}[share],
+            two_simplicial_bwd_dkv: (64, 64, 8, 1),
         }
     elif head_dim == 256:
         tiles = {
@@ -446,14 +458,18 @@ def _variants() -> list[Variant]:
     ):
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
         shares = [1]
-        if dtype != "fp32" and head_dim in (64, 128):
-            shares = [1, 8, 64] if arch == "sm90a" else [1, 64]  # where 8 was measured to pay
+        if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
+            shares = [1, 8, 64]  # as measured to pay
+        elif head_dim in (64, 128):
+            shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
+            if (arch, dtype) == ("sm90a", "fp32") and head_dim <= 128 and (kernel is two_simplicial_fwd or share == 64):
+                continue  # two_simplicial_fp32.py
             table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
         # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
         table.append(Variant(two_simplicial_bwd_dkv, arch, key, _tile(two_simplicial_bwd_dkv, arch, dtype, head_dim)))
-        for kernel in (two_simplicial_bwd_merge, two_simplicial_bwd_sum):
-            table.append(Variant(kernel, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+        table.append(Variant(two_simplicial_bwd_merge, arch, key, {"BLOCK_N": 16, "num_warps": 4}))
+        table.append(Variant(two_simplicial_bwd_sum, arch, key, {"BLOCK_SPLITS": 8, "num_warps": 4}))
     return table
 
 

@@ -23,33 +23,24 @@ from triton_kernels.scaled_tiles import (
     ROWS,
     _as_pairs,
     _keys_of,
+    _lse_and_delta,
     _new_ring,
     _own_steps,
     _pairs,
     _row_ptrs,
     _scale_tiles,
+    _score_gradients,
     _sees_one_pair,
+    _store_rows,
 )
 from triton_kernels.variant import Variant
 
 
 @gluon.jit
-def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single):
-    """dS, 0 for pairs that are not seen."""
-    shift = gl.where((pos >= b) & (pos < b + w_b), -lse2, float("-inf"))
-    p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
-    ds = p * (dp - delta[:, None])
-    if at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > pos[:, None] - w_a) & (pos >= b)[:, None] & (pos < b + w_b)[:, None]
-        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
-    return ds
-
-
-@gluon.jit
 def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, has_grad_lse,
-                     grad_q_ptr, delta_ptr, stride_qn, stride_qh, stride_gn, stride_gh, out_stride, num_queries, num_rows, group, past,
-                     first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
-    """One of the two warpgroups that multiply: dq and delta of 64 rows."""
+                     grad_q_ptr, minus_lse_ptr, minus_delta_ptr, stride_qn, stride_qh, stride_gn, stride_gh, out_stride, num_queries,
+                     num_rows, group, past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+    """One of the two warpgroups that multiply: dq, and what dkv needs to know of 64 rows."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2)
@@ -68,25 +59,19 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
     _as_pairs(qg_smem).index(2 + warpgroup).store(gl.load(g_ptrs, mask=mask, other=0))
     fence_async_shared()
     gl.barrier()
-    q = qg_smem.index(warpgroup).load(gl.DotOperandLayout(0, s_mma, 2))
+    q = qg_smem.index(warpgroup)
+    if HEAD_DIM > 64:  # at 64 ptxas (12.9, 13.4) lets dS overwrite a q in registers: wrong from the second step on
+        q = q.load(gl.DotOperandLayout(0, s_mma, 2))
     grad_out = qg_smem.index(2 + warpgroup)
 
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_mma))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
-    out_mask = (row < num_rows)[:, None] & (d < head_dim)[None, :]
-    out_offsets = ((row // group).to(gl.int64) * out_stride + row % group)[:, None] * head_dim + d[None, :]
-    out = gl.load(out_ptr + out_offsets, mask=out_mask, other=0.0)
-    delta = gl.convert_layout(gl.sum(grad_out.load(o_mma).to(gl.float32) * out.to(gl.float32), 1), rows)
     row = first_row + gl.arange(0, ROWS, rows)
     pos = row // group + past
     single = _sees_one_pair(pos, keys.w_long, keys.w_short)
-    delta = gl.where(single, 0.0, delta)
-    lse_row = (row % group).to(gl.int64) * num_queries + row // group
-    if has_grad_lse != 0:
-        delta -= gl.load(grad_lse_ptr + lse_row, mask=row < num_rows, other=0.0)
-    gl.store(delta_ptr + lse_row, delta, mask=row < num_rows)
-    lse2 = gl.load(lse_ptr + lse_row, mask=row < num_rows, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
+    lse2, delta = _lse_and_delta(grad_out.load(o_mma), first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride,
+                                 num_queries, num_rows, group, head_dim)  # fmt: skip
     to_exponent = scale * LOG2E
+    gl.store(minus_lse_ptr + row, -lse2, mask=row < num_rows)
+    gl.store(minus_delta_ptr + row, -delta, mask=row < num_rows)
 
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
@@ -108,14 +93,15 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
                 s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp = warpgroup_mma(grad_out, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, w_a, at_edge, b, w_b, single)
+                seen = (pos >= b) & (pos < b + w_b)
+                _, ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, pos - w_a, at_edge, seen, single)
                 ds = gl.convert_layout(ds.to(dtype), ds_layout)
                 grad_q_next = warpgroup_mma(ds, ring.k.index(stage), grad_q, is_async=True)
                 grad_q = warpgroup_mma_wait(0, deps=(grad_q_next,))
                 mbarrier.arrive(ring.empty.index(stage))
                 stage, phase = ring.advance(stage, phase)
             stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
-    gl.store(grad_q_ptr + out_offsets, (grad_q * scale).to(dtype), mask=out_mask)
+    _store_rows(grad_q_ptr, (grad_q * scale).to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
 
 @gluon.jit
@@ -123,7 +109,7 @@ def two_simplicial_bwd_dq_scaled(
     q_ptr: "*dtype:16", k_long_ptr: "*dtype:16", v_long_ptr: "*dtype:16", k_short_ptr: "*dtype:16",
     v_short_ptr: "*dtype:16",
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16", grad_out_ptr: "*dtype:16", grad_lse_ptr: "*fp32:16",
-    grad_q_ptr: "*dtype:16", delta_ptr: "*fp32:16",
+    grad_q_ptr: "*dtype:16", statistics_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
     stride_klb: "i64:8", stride_kln: "i64:8", stride_klh: "i64:8",
     stride_vlb: "i64:8", stride_vln: "i64:8", stride_vlh: "i64:8",
@@ -152,6 +138,10 @@ def two_simplicial_bwd_dq_scaled(
     first_out = (batch * num_queries * q_heads + kv_head * group) * head_dim
     first_lse = (batch * q_heads + kv_head * group) * num_queries
 
+    # Row by row, as two_simplicial_bwd_dkv_scaled takes them: what it adds to S and dP.
+    minus_lse_ptr = statistics_ptr + batch_head.to(gl.int64) * num_rows
+    minus_delta_ptr = minus_lse_ptr + num_heads.to(gl.int64) * num_rows
+
     past = num_keys - num_queries
     keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M)
 
@@ -165,13 +155,13 @@ def two_simplicial_bwd_dq_scaled(
     gl.warp_specialize(
         [
             (_query_gradients, (ring, keys, qg_smem, 0, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
-                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, delta_ptr + first_lse, stride_qn,
-                                stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim,
-                                scale, HEAD_DIM, BLOCK_N)),
+                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
+                                stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
+                                head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_query_gradients, (ring, keys, qg_smem, 1, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
-                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, delta_ptr + first_lse, stride_qn,
-                                stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim,
-                                scale, HEAD_DIM, BLOCK_N)),
+                                grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
+                                stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
+                                head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
                             stride_vsn, head_dim, HEAD_DIM, BLOCK_N, False)),
         ],
@@ -180,13 +170,13 @@ def two_simplicial_bwd_dq_scaled(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md.
+# Measured on an H100: docs/kernels.md. 32 keys a tile are for windows that reach no further.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dq_scaled,
         "sm90a",
-        {"dtype": dtype, "HEAD_DIM": head_dim},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3, "num_warps": 4},
+        {"dtype": dtype, "HEAD_DIM": head_dim, "BLOCK_N": block_n},
+        {"BLOCK_M": 128, "STAGES": 3, "num_warps": 4},
     )
-    for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
+    for dtype, head_dim, block_n in itertools.product(("bf16", "fp16"), (64, 128), (32, 64))
 ]

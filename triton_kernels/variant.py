@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from triton import language
+from triton.experimental.gluon import language as gl
 
 # Value of a "dtype" key -> type in a Triton signature. The order is csrc/kernel.h's enum DType.
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -40,12 +44,19 @@ class Variant:
         return {k: v for k, v in (self.key | self.tile).items() if k not in ("dtype", "num_warps", "num_stages")}
 
     def parameters(self) -> list[tuple[str, str, int]]:
-        """(name, Triton type, divisibility) of each run-time argument, from annotations like `"*dtype:16"`."""
+        """(name, Triton type, divisibility) of each run-time argument, from annotations like `"*dtype:16"`.
+
+        `"tensordesc<dtype[8,HEAD_DIM]>"` is a TMA descriptor, by the box that one copy moves to Gluon's default layout.
+        """
         rows = []
         for p in self.function.params:
             if not p.is_constexpr:
                 spelled, _, divisibility = p.annotation.partition(":")
                 if "dtype" in spelled:
                     spelled = spelled.replace("dtype", DTYPES[self.key["dtype"]])
+                if match := re.fullmatch(r"tensordesc<(\w+)\[(.*)\]>", spelled):
+                    box = [self.constants().get(size) or int(size) for size in match[2].split(",")]
+                    layout = gl.NVMMASharedLayout.get_default_for(box, language.str_to_ty(match[1], None))
+                    spelled = f"tensordesc<{match[1]}{str(box).replace(' ', '')},{layout!r}>"
                 rows.append((p.name, spelled, int(divisibility or 1)))
         return rows

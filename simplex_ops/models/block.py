@@ -34,6 +34,13 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), cache, position)
         return x + self.mlp(self.mlp_norm(x))
 
+    @torch.jit.unused
+    def at(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        if not hasattr(self.mixer, "at"):
+            raise ValueError(f"Block: expected a mixer that takes positions, got {type(self.mixer).__name__}")
+        x = x + self.mixer.at(self.mixer_norm(x), positions, cache)  # type: ignore[operator]
+        return x + self.mlp(self.mlp_norm(x))
+
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int) -> list[Tensor]:
         return self.mixer.new_cache(batch, max_length)  # type: ignore[operator]

@@ -44,15 +44,30 @@ class DecoderLM(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
 
-    def forward(self, tokens: Tensor, cache: list[list[Tensor]] | None = None, position: int = 0) -> Tensor:
-        """Logits of the token after each of ``tokens``; with a cache, ``position`` tokens came before these."""
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: list[list[Tensor]] | None = None,
+        position: int = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the token after each of ``tokens``; with a cache, ``position`` tokens came before these.
+
+        Texts of different lengths share a batch by ``positions`` [batch, length] of int64 instead: where each token stands
+        in its text, and -1 for what is no token, behind the last one. "sdpa" and the routed layers take it, outside of
+        TorchScript.
+        """
         x = self.embedding(tokens) * self.embedding_scale
         for index, layer in enumerate(self.layers):
             layer_cache: list[Tensor] | None = None
             if cache is not None:
                 layer_cache = cache[index]
-            x = layer(x, layer_cache, position)
+            x = layer(x, layer_cache, position) if positions is None else self._at(index, x, positions, layer_cache)
         return self.head(self.norm(x))
+
+    @torch.jit.unused
+    def _at(self, index: int, x: Tensor, positions: Tensor, cache: list[Tensor] | None) -> Tensor:
+        return self.layers[index].at(x, positions, cache)  # type: ignore[operator]
 
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int) -> list[list[Tensor]]:
@@ -63,23 +78,50 @@ class DecoderLM(nn.Module):
         return caches
 
     @torch.jit.export
-    def generate(self, tokens: Tensor, count: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Append ``count`` sampled tokens to ``tokens`` [batch, length >= 1].
 
         A ``temperature`` of 0 takes the most likely token; ``top_k`` > 0 samples among the k most likely ones. Random
-        numbers come from torch's default generator.
+        numbers come from torch's default generator. With ``lengths`` [batch] of int64, each at least 1, text b is the first
+        lengths[b] tokens of its row, and is continued right behind them, with zeros behind; the layers must take
+        positions, see `forward`.
         """
         if tokens.size(1) < 1:
             raise ValueError(f"generate: expected tokens to hold at least 1 token, got {tokens.size(1)}")
+        if lengths is not None:
+            return self._generate_behind(lengths, tokens, count, temperature, top_k)
         with torch.no_grad():
             cache = self.new_cache(tokens.size(0), tokens.size(1) + count)
             step, position = tokens, 0
             for _ in range(count):
-                logits = self.forward(step, cache, position)[:, -1]
+                logits = self.forward(step, cache, position, None)[:, -1]
                 position += step.size(1)
                 step = _sample(logits, temperature, top_k)
                 tokens = torch.cat((tokens, step), dim=1)
             return tokens
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def _generate_behind(self, lengths: Tensor, tokens: Tensor, count: int, temperature: float, top_k: int) -> Tensor:
+        longest = tokens.size(1)
+        cache = self.new_cache(tokens.size(0), longest + count)
+        ascending = torch.arange(longest, device=tokens.device)
+        positions = torch.where(ascending < lengths[:, None], ascending, -1)
+        texts = F.pad(tokens.masked_fill(positions < 0, 0), (0, count))
+        step, last = tokens, lengths - 1
+        for index in range(count):
+            logits = self.forward(step, cache, 0, positions)
+            step = _sample(logits[torch.arange(len(last), device=last.device), last], temperature, top_k)
+            positions, last = (lengths + index)[:, None], torch.zeros_like(lengths)
+            texts.scatter_(1, positions, step)
+        return texts
 
     def num_parameters(self) -> int:
         """Number of trained values, a tied weight counted once."""

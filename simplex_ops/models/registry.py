@@ -9,6 +9,11 @@ Both have two methods, so that a model of any mix of them trains, decodes, scrip
         x [batch, length, dim]; `position` tokens came before x, and `cache`, updated in place, knows them.
     new_cache(batch: int, max_length: int) -> list[Tensor]       with @torch.jit.export
 
+What can also serve texts of different lengths has a third one, which `DecoderLM` asks for when it is given positions:
+
+    at(x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor
+        positions [batch, length] of int64, -1 for what is no token, behind the last one of its text.
+
 A Linear called `wo` writes to the residual stream: the decoder starts it smaller in a deeper model.
 """
 

@@ -24,7 +24,7 @@ class PositionedBlock(Block):
 
 
 class Positioned(nn.Module):
-    """A layer that takes positions, as a layer of `DecoderLM`, whose texts all have the same length."""
+    """A layer that takes positions, as a layer of `DecoderLM`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -32,6 +32,9 @@ class Positioned(nn.Module):
 
     def forward(self, x: Tensor, cache: Any = None, position: int = 0) -> Tensor:
         positions = torch.arange(position, position + x.shape[1], device=x.device).expand(x.shape[:2])
+        return self.layer(x, positions, cache)
+
+    def at(self, x: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         return self.layer(x, positions, cache)
 
     def new_cache(self, batch: int, max_length: int) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simplex_ops.nn.keeps_dtype import KeepsDtype
-from simplex_ops.routing import route_gather, route_scatter_add, threshold_route, topk_route
+from simplex_ops.routing import route_gather, route_replace, threshold_route, topk_route
 
 
 class Reports(nn.Module):
@@ -70,61 +70,79 @@ class RoutedLayer(Reports, KeepsDtype):
         return topk_route(scores.detach(), slots_of(scores.shape[1], self.capacity))
 
     @torch.no_grad()
-    def calibrate(self, scores: Tensor, mask: Tensor) -> None:
+    def calibrate(self, chosen: Tensor) -> None:
         """Moves the threshold towards the lowest chosen score of each sequence; at first it is their plain average."""
-        lowest = scores.masked_fill(~mask, math.inf).amin(1).mean().to(self.threshold.dtype)
+        lowest = chosen.amin(1).mean().to(self.threshold.dtype)
         self.calibrations += 1
         weight = (1 / self.calibrations).clamp(min=0.02)
-        self.threshold.lerp_(torch.where(lowest.isfinite(), lowest, self.threshold), weight)
+        self.threshold.lerp_(torch.where(lowest.abs() < math.inf, lowest, self.threshold), weight)
 
     def by_threshold(
-        self, scores: Tensor, positions: Tensor, cache: list[Tensor] | None = None
+        self, scores: Tensor, positions: Tensor | None, cache: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(idx, mask) of the tokens that reach the threshold, stand at a position and find room in the cache."""
-        margin = (scores.detach() - self.threshold).masked_fill(positions < 0, -math.inf)
+        margin = scores.detach() - self.threshold
+        if positions is not None:
+            margin = margin.masked_fill(positions < 0, -math.inf)
         mask = margin >= 0
-        idx, _ = threshold_route(margin, 0.0, scores.shape[1])
+        idx, count = threshold_route(margin, 0.0, scores.shape[1])
         if cache is not None:
-            room = (cache[0].shape[1] - cache[-1])[:, None]
-            idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < room, idx, -1)
-            mask = mask & (mask.cumsum(1) <= room)
+            room = cache[0].shape[1] - cache[-1]
+            idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < room[:, None], idx, -1)
+            mask = mask & (mask.cumsum(1) <= room[:, None])
+            count = torch.minimum(count, room)
         if self.trim:
-            idx = idx[:, : int((idx >= 0).sum(1).max())]
+            idx = idx[:, : int(count.max())]
         return idx, mask
 
     def run(
-        self, x: Tensor, idx: Tensor, gate: Tensor | None, positions: Tensor, cache: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        idx: Tensor,
+        gate: Tensor | None,
+        positions: Tensor | None,
+        cache: list[Tensor] | None = None,
     ) -> Tensor:
-        """x + gate * (block(x) - x) at idx, the routed tokens with the positions that they had; x elsewhere."""
+        """x + gate * (block(x) - x) at idx, the routed tokens with the positions that they had; x elsewhere.
+
+        gate [batch, slots] is theirs; without positions [batch, length] these are the indices.
+        """
         if idx.shape[1] == 0:
             return x
-        into = idx.clamp(min=0).long()
-        at = torch.where(idx < 0, -1, positions.gather(1, into))
+        at = idx.long()
+        if positions is not None:
+            at = torch.where(idx < 0, -1, positions.gather(1, at.clamp(min=0)))
         rows = route_gather(x, idx)
         new = self.block(rows, at) if cache is None else self.block(rows, at, cache)
-        return route_scatter_add(x, (new - rows).to(x.dtype), idx, None if gate is None else gate.gather(1, into))
+        return route_replace(x, new.to(x.dtype), idx, gate)
 
     def route(
         self,
         x: Tensor,
         weight: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         cache: list[Tensor] | None = None,
         **report: Tensor,
     ) -> Tensor:
         """Routes by weight [batch, length], and weighs the block's update by it."""
         if self.training and cache is None:
             idx, mask = self.top_k(weight)
-            self.calibrate(weight.detach(), mask)
+            gate = weight.gather(1, idx.long())
+            self.calibrate(gate.detach())
         else:
             idx, mask = self.by_threshold(weight, positions, cache)
+            gate = weight.gather(1, idx.clamp(min=0).long())
         self.tell(mask=mask, gate=weight, **report)
-        return self.run(x, idx, weight, positions, cache)
+        return self.run(x, idx, gate, positions, cache)
 
 
 def slots_of(length: int, capacity: float) -> int:
     slots = math.floor(capacity * length)
     return max(1, slots) if isinstance(slots, int) else torch.sym_max(1, slots)
+
+
+def expanded(positions: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if positions is None else positions.expand(x.shape[:2])
 
 
 def positions_of(x: Tensor, positions: Tensor | None) -> Tensor:

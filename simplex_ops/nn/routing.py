@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.causal_route_logits import causal_route_logits
-from simplex_ops.nn.routed_layer import Reports, RoutedLayer, positions_of, wide
+from simplex_ops.nn.routed_layer import Reports, RoutedLayer, expanded, positions_of, wide
 from simplex_ops.surprise_gate import surprise_gate
 
 
@@ -164,8 +164,7 @@ class DynamicLayer(RoutedLayer):
         self, x: Tensor, gate: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None
     ) -> Tensor:
         """x [batch, length, dim] and its gates [batch, length], as a `DecisionLayer` returns them."""
-        off = (gate.mean() - self.capacity).square()
-        return self.route(x, gate, positions_of(x, positions), cache, capacity_loss=off)
+        return self.route(x, gate, expanded(positions, x), cache, load=gate)
 
 
 class SubjectiveDepthLayer(nn.Module):
@@ -209,4 +208,4 @@ class MixtureOfDepthsLayer(RoutedLayer):
         # linear layer would tie or copy.
         of_token = self.router.weight[0].to(wide(x.dtype))
         weight = causal_route_logits(x, F.pad(of_token, (0, x.shape[-1])))
-        return self.route(x, weight, positions_of(x, positions), cache)
+        return self.route(x, weight, expanded(positions, x), cache)

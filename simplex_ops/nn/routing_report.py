@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from simplex_ops.nn.routed_layer import Reports
+from simplex_ops.nn.routed_layer import Reports, RoutedLayer
 from simplex_ops.nn.routing import SurpriseGate
 
 
@@ -11,7 +11,8 @@ def routing_reports(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """What each layer reported in its last forward pass, by the layer's name, in the order of the model.
 
     ``mask`` [batch, length] says which tokens were routed; ``gate`` [batch, length] is the weight of their updates (with a
-    student, its probability); ``d_st``, ``ce``, ``cu`` are those of `surprise_gate`; then the losses below, one number each.
+    student, its probability); ``d_st``, ``ce``, ``cu`` are those of `surprise_gate`; ``load`` [batch, length] is what should
+    have the capacity as its mean: the gate, or a student's probability; then the losses below, one number each.
     """
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, Reports))
     return {name: layer.report for name, layer in layers if layer.report}
@@ -22,13 +23,17 @@ def routing_loss(model: nn.Module, prior: float = 0.05, router: float = 0.01, ca
 
         prior    * mean squared error of the forecast (PriorFFN, TransitionNetwork); its target is constant
         router   * cross-entropy of the student's logits against the teacher's top-k mask
-        capacity * (mean gate - capacity)^2, for STT of the student's probability
+        capacity * (mean load - capacity)^2
 
     0.0 for a model without routed layers.
     """
-    weights = {"prior_loss": prior, "router_loss": router, "capacity_loss": capacity}
-    reports = routing_reports(model).values()
-    return sum((weights[k] * v for report in reports for k, v in report.items() if weights.get(k)), start=0.0)
+    weights = {"prior_loss": prior, "router_loss": router}
+    total: Tensor | float = 0.0
+    for layer in (m for m in model.modules() if isinstance(m, Reports)):
+        total = total + sum(weights[key] * x for key, x in layer.report.items() if weights.get(key))
+        if capacity and isinstance(layer, RoutedLayer) and "load" in layer.report:
+            total = total + capacity * (layer.report["load"].mean() - layer.capacity).square()
+    return total
 
 
 def anneal_gates(model: nn.Module, progress: float, start: float = 0.1, end: float = 100.0) -> None:

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.causal_route_logits import causal_route_logits
-from simplex_ops.nn.routed_layer import RoutedLayer, last_tokens, positions_of, wide
+from simplex_ops.nn.routed_layer import RoutedLayer, expanded, last_tokens, positions_of, wide
 from simplex_ops.nn.routing import PriorFFN, SurpriseGate
-from simplex_ops.routing import route_gather, route_scatter_add
+from simplex_ops.routing import route_gather, route_replace
 
 
 class TransitionNetwork(PriorFFN):
@@ -80,17 +80,17 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         self.router = CausalRouter(dim, device=device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
-        positions = positions_of(x, positions)
+        positions = expanded(positions, x)
         return self._teach(x, positions) if self.training and cache is None else self._follow(x, positions, cache)
 
-    def _teach(self, x: Tensor, positions: Tensor) -> Tensor:
-        x_post = self.block(x, positions)
+    def _teach(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        x_post = self.block(x, positions_of(x, positions))
         forecast = self.transition(x_post).to(x_post.dtype)
         g, d_st, ce, cu = self.gate(x, x_post, x + forecast)
         idx, mask = self.top_k(g)
         logits = self.router(x.detach())
         # The student's own threshold: where it routes as many as the teacher does.
-        self.calibrate(logits.detach(), self.top_k(logits)[1])
+        self.calibrate(logits.detach().gather(1, self.top_k(logits)[0].long()))
         self.tell(
             mask=mask,
             gate=g,
@@ -100,20 +100,21 @@ class SubjectiveTimescaleLayer(RoutedLayer):
             prior_loss=F.mse_loss(forecast, (x_post - x).detach()),
             router_loss=F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype)),
             router_accuracy=((logits.detach() >= self.threshold) == mask).to(logits.dtype).mean(),
-            capacity_loss=(torch.sigmoid(logits).mean() - self.capacity).square(),
+            load=torch.sigmoid(logits),
         )
+        gate = g.gather(1, idx.long())
         if self.passes == 2:
-            return self.run(x, idx, g, positions)
-        update = route_gather((x_post - x).to(x.dtype), idx)
-        return route_scatter_add(x, update, idx, g.gather(1, idx.long()))
+            return self.run(x, idx, gate, positions)
+        return route_replace(x, route_gather(x_post.to(x.dtype), idx), idx, gate)
 
-    def _follow(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None) -> Tensor:
+    def _follow(self, x: Tensor, positions: Tensor | None, cache: list[Tensor] | None) -> Tensor:
         prev = None if cache is None else cache[-1].to(x.dtype)
         logits = self.router(x, prev)
         idx, mask = self.by_threshold(logits, positions, None if cache is None else cache[:-1])
         self.tell(mask=mask, gate=torch.sigmoid(logits))
         if cache is None:
             return self.run(x, idx, None, positions)
+        positions = positions_of(x, positions)
         cache[-1].copy_(last_tokens(x, cache[-1], positions))
         return self.run(x, idx, None, positions, cache[:-1])
 

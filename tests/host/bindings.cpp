@@ -184,6 +184,7 @@ PYBIND11_MODULE(simplex_host, m) {
           py::return_value_policy::reference, py::call_guard<py::gil_scoped_release>())
       .def("cost", &cost);
   m.def("set_table", &set_table, py::return_value_policy::reference);
+  m.def("try_kernel", &simplex_try_kernel, py::arg("kernel").none(true));
   m.def("launch", &launch_from_python);
   m.def("load_driver", [](const std::string& library) {
     static Driver loaded;

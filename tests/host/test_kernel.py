@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from host.harness import ARCHS, BF16, FP16, FP32, SHARED, row, start
+from host.harness import ARCHS, BF16, FP16, FP32, SHARED, calls, row, start
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,34 @@ def test_devices_of_different_kinds_get_different_kernels(host):
     host.set_table([row(arch) for arch in ARCHS])
     family = host.KernelFamily("scale_fwd")
     assert [family.find(d, BF16, 64).name[-4:] for d in (0, 1, 0)] == ["_90a", "m_80", "_90a"]
+
+
+def test_a_kernel_on_trial_takes_the_place_of_its_row(host):
+    """What benchmarks/tune.py times: rows of another table, one after the other, in one process."""
+    host.set_param_sizes([8, 8])
+    [first, second, other, new] = host.set_table(
+        [
+            row(name=n, tile=[("BLOCK_M", m)], dim=d)
+            for n, m, d in (("a", 32, 64), ("b", 16, 64), ("c", 8, 32), ("d", 4, 96))
+        ]
+    )
+    host.set_table([row(), row(dim=32)])
+    family = host.KernelFamily("scale_fwd")
+    assert family.find(0, BF16, 64)["BLOCK_M"] == 128
+    for kernel, block in ((first, 32), (second, 16)):
+        assert not host.try_kernel(kernel)
+        assert family.find(0, BF16, 64)["BLOCK_M"] == block
+        assert family.find(0, BF16, 32)["BLOCK_M"] == 128, "another key"
+        host.launch(family.find(0, BF16, 64), 0, 0, [1, 1, 1], [])
+        assert calls(host, "cuLibraryLoadData")[-1]["code"] == kernel.cubin
+        assert host.try_kernel(None), "it was launched"
+    host.try_kernel(new)
+    assert family.find(0, BF16, 96)["BLOCK_M"] == 4, "a key that our table does not have"
+    host.try_kernel(other)
+    assert not host.try_kernel(None), "never launched"
+    assert family.find(0, BF16, 64)["BLOCK_M"] == 128
+    with pytest.raises(RuntimeError, match="no architecture has this combination"):
+        family.find(0, BF16, 96)
 
 
 def test_a_family_that_is_not_in_the_table(host):

@@ -31,12 +31,8 @@ class DotProductAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
         length = x.size(1)
-        q = self.wq(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         positions = torch.arange(position, position + length, device=x.device)
-        angles = positions[:, None] * self.frequencies
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = self._project(x, positions[:, None] * self.frequencies)
         mask: Tensor | None = None
         if cache is not None:
             rows = cache[0]
@@ -44,6 +40,28 @@ class DotProductAttention(nn.Module):
             k, v = rows[:, :, :, : position + length].to(q.dtype).unbind(0)
             # is_causal would align the mask with the first key instead of the last.
             mask = torch.arange(position + length, device=x.device) <= positions[:, None]
+        return self._attend(q, k, v, mask)
+
+    @torch.jit.unused
+    def at(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        q, k, v = self._project(x, positions[:, None, :, None] * self.frequencies)
+        if cache is None:
+            return self._attend(q, k, v, None)
+        rows = cache[0]
+        text, token = (positions >= 0).nonzero(as_tuple=True)
+        rows[:, text, :, positions[text, token]] = torch.stack((k, v)).to(rows.dtype)[:, text, :, token]
+        # What is no token attends to the first one: nobody wants its output, but it may not be NaN.
+        mask = torch.arange(rows.size(3), device=x.device) <= positions.clamp(min=0)[:, None, :, None]
+        k, v = rows.to(q.dtype).unbind(0)
+        return self._attend(q, k, v, mask)
+
+    def _project(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.wq(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
