@@ -96,7 +96,7 @@ struct Launch {
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
 
-  // Hopper has kernels for fewer heads, too (triton_kernels/two_simplicial_skewed*.py): they round as the portable ones.
+  // Hopper has kernels for fewer heads, too (two_simplicial_skewed*.py), which round as the portable ones.
   const Kernel& forward() const {
     if (scales()) return kForwardScaled.find(device, {dtype, head_dim, scaled_tile()});
     const Kernel* skewed = portable_only() ? nullptr : kForwardSkewed.find_if(device, {dtype, head_dim});
