@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         default=["two_simplicial"],
         help="mixer of every fourth layer; several: compare",
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for training both models")
+    parser.add_argument("--seconds", type=float, default=45.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
     parser.add_argument("--batch", type=int, help="texts a step, instead of what the device trains well")
     parser.add_argument("--lr", type=float, default=3e-3)

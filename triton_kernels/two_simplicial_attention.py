@@ -460,10 +460,10 @@ def _variants() -> list[Variant]:
         shares = [1]
         if dtype != "fp32" and arch == "sm90a" and head_dim >= 64:
             shares = [1, 8, 64]  # as measured to pay
-        elif head_dim in (64, 128):
+        elif dtype != "fp32" and head_dim in (64, 128):
             shares = [1, 64]
         for kernel, share in itertools.product((two_simplicial_fwd, two_simplicial_bwd_dq), shares):
-            if (arch, dtype) == ("sm90a", "fp32") and head_dim <= 128 and (kernel is two_simplicial_fwd or share == 64):
+            if (arch, dtype) == ("sm90a", "fp32") and head_dim <= 128 and kernel is two_simplicial_fwd:
                 continue  # two_simplicial_fp32.py
             table.append(Variant(kernel, arch, key | {"SHARE": share}, _tile(kernel, arch, dtype, head_dim, share)))
         # dkv passes the short rows through shared memory anyway: one load for many rows would save it nothing.
