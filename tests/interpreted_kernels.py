@@ -5,6 +5,7 @@ from problem import draw, evaluate
 from reference import two_simplicial_attention as reference
 
 from triton_kernels import two_simplicial_attention as kernels
+from triton_kernels import two_simplicial_partial_sums as partial_sums
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16}
 
@@ -41,7 +42,7 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
         has_grad_lse=int(grad_lse is not None), grad_q_ptr=grads[0], delta_ptr=delta, part_k_ptr=part_k, part_v_ptr=part_v,
         chunk_tiles=chunk_tiles, chunk_span=span, SHARE=share, **shared, **strides(g=grad_out), **constants,
     )  # fmt: skip
-    kernels.two_simplicial_bwd_merge[(blocks * bh,)](
+    partial_sums.two_simplicial_bwd_merge[(blocks * bh,)](
         part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[2], grad_v_ptr=grads[4], w_short=w_short, scale=scale,
         chunk_rows=chunk_tiles * 16, chunk_span=span, reach=0, HEAD_DIM=head_dim, BLOCK_N=16, **sizes,
     )  # fmt: skip
@@ -51,7 +52,7 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
         part_k_ptr=part_k, part_v_ptr=part_v, num_splits=num_splits, **shared, **strides(g=grad_out), **constants,
     )  # fmt: skip
     if num_splits > 1:
-        kernels.two_simplicial_bwd_sum[(n_k * bh,)](
+        partial_sums.two_simplicial_bwd_sum[(n_k * bh,)](
             part_k_ptr=part_k, part_v_ptr=part_v, grad_k_ptr=grads[1], grad_v_ptr=grads[3], num_keys=n_k,
             kv_heads=kv_heads, head_dim=dim, scale=scale, num_splits=num_splits, block_keys=16, HEAD_DIM=head_dim,
             BLOCK_SPLITS=2,

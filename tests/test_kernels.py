@@ -89,43 +89,43 @@ def main_loops(cubin):
     return [instructions[a : b + 1] for a, b in loops]
 
 
+def loops_of(manifest, wanted):
+    """(name, main loops) of the cubins wanted, from the build folder, which only who built the wheel here has."""
+    folder = ROOT / "build" / "kernels"
+    rows = [row for row in manifest["kernels"] if wanted(row)]
+    if not folder.exists() or not rows:
+        pytest.skip("the wheel was built elsewhere, or for other architectures")
+    return [(row["name"], main_loops(folder / f"{row['name']}.cubin")) for row in rows]
+
+
 @pytest.mark.parametrize("family", SPILLS)
 def test_no_spills_in_the_main_loops(manifest, family):
     """Registers that do not fit go to local memory; that may happen around the loops that do the work, not inside."""
-    folder = ROOT / "build" / "kernels"
-    rows = [row for row in manifest["kernels"] if row["family"] == family]
-    if not folder.exists() or not rows:
-        pytest.skip("the wheel was built elsewhere, or for other architectures")
-    for row in rows:
-        loops = main_loops(folder / f"{row['name']}.cubin")
+    for name, loops in loops_of(manifest, lambda row: row["family"] == family):
         assert len(loops) >= 2  # one for each warpgroup that multiplies
         spills = [x for loop in loops for x in loop if re.search(r"\b(LDL|STL)", x)]
-        assert len(spills) <= SPILLS[family], f"{row['name']}: {spills}"
+        assert len(spills) <= SPILLS[family], f"{name}: {spills}"
 
 
 def test_dq_keeps_q_apart_from_the_score_gradients(manifest):
     """ptxas has given both left operands the same registers: from the second step on S was made of dS instead of q."""
-    folder = ROOT / "build" / "kernels"
-    rows = [row for row in manifest["kernels"] if row["family"] == "two_simplicial_bwd_dq_scaled"]
-    if not folder.exists() or not rows:
-        pytest.skip("the wheel was built elsewhere, or for other architectures")
-    for row in rows:
-        for loop in main_loops(folder / f"{row['name']}.cubin"):
+    for name, loops in loops_of(manifest, lambda row: row["family"] == "two_simplicial_bwd_dq_scaled"):
+        for loop in loops:
             operands = [m[1] for x in loop if (m := re.search(r"HGMMA\S+ R\d+, (R\d+),", x))]
             assert len(operands) >= 2
-            assert len(operands) == len(set(operands)), f"{row['name']}: {operands}"
+            assert len(operands) == len(set(operands)), f"{name}: {operands}"
 
 
 def test_left_operands_of_fp32_outlive_their_products(manifest):
     """wgmma reads its left operand from registers at any time before it is waited for: nothing may write there until then."""
-    folder = ROOT / "build" / "kernels"
-    rows = [row for row in manifest["kernels"] if row["arch"] == "sm90a" and row["key"].get("dtype") == "fp32"]
-    rows = [row for row in rows if row["family"].startswith("two_simplicial") and row["tile"].get("BLOCK_M") == 64]
-    if not folder.exists() or not rows:
-        pytest.skip("the wheel was built elsewhere, or for other architectures")
-    for row in rows:
+
+    def wanted(row):
+        of_hopper = row["arch"] == "sm90a" and row["family"].startswith("two_simplicial")
+        return of_hopper and row["key"].get("dtype") == "fp32" and row["tile"].get("BLOCK_M") == 64
+
+    for name, loops in loops_of(manifest, wanted):
         products = 0
-        for loop in main_loops(folder / f"{row['name']}.cubin"):
+        for loop in loops:
             read = set()
             for x in loop + loop:
                 if "WARPGROUP.DEPBAR" in x:
@@ -137,7 +137,7 @@ def test_left_operands_of_fp32_outlive_their_products(manifest):
                     width = {".64": 2, ".WIDE": 2, ".128": 4}.get(
                         (re.search(r"\.(64|128|WIDE)\b", m[1] or "") or [""])[0], 1
                     )
-                    assert not read & set(range(int(m[2]), int(m[2]) + width)), f"{row['name']}: {x}"
+                    assert not read & set(range(int(m[2]), int(m[2]) + width)), f"{name}: {x}"
         assert products
 
 
