@@ -5,6 +5,7 @@ two_simplicial_scaled.py says what scaled tiles are for.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
 
@@ -109,6 +110,26 @@ def _new_ring(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, 
     )
 
 
+@aggregate
+class Plain:
+    """Tiles of K as they are, two by turns, and for each step the row that scales what is multiplied with them."""
+
+    tiles: gl.shared_memory_descriptor  # [2, BLOCK_N, HEAD_DIM], full with the first stage of their steps
+    empty: gl.shared_memory_descriptor  # [2] barriers
+    rows: gl.shared_memory_descriptor  # [stages, HEAD_DIM] in fp32, full and empty with a stage of the ring
+
+
+@gluon.jit
+def _new_plain(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Its memory; the barriers are to be initialised."""
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], dtype)
+    return Plain(
+        gl.allocate_shared_memory(dtype, [2, BLOCK_N, HEAD_DIM], tile),
+        mbarrier.allocate_mbarrier(batch=2),
+        gl.allocate_shared_memory(gl.float32, [STAGES, HEAD_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+    )
+
+
 # 16-bit elements are loaded, scaled and stored as the two halves of an int32: one by one they would not stay packed in
 # registers, and a helper that spills is too slow.
 @gluon.jit
@@ -139,9 +160,9 @@ def _row_ptrs(ptr, row, stride, d):
 
 
 @gluon.jit
-def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn,
+def _scale_tiles(ring, plain, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn, stride_vsn,
                  head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
-    """The helper: scaled tiles of K and V, in the order in which the warpgroups take them."""
+    """The helper: scaled tiles of K and V, in the order in which the warpgroups take them, and what is in `plain` if not None."""
     dtype: gl.constexpr = k_long_ptr.dtype.element_ty
     PAIRS: gl.constexpr = HEAD_DIM // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [gl.num_warps(), 1], [1, 0])
@@ -149,8 +170,11 @@ def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, s
     v_smem = _as_pairs(ring.v)
     d = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
     d_ok = d < head_dim // 2
+    column = gl.arange(0, HEAD_DIM, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     stage = 0
     phase = 1
+    slot = 0
+    slot_phase = 1
     attempts = 1
     attempt = 0
     while attempt < attempts:
@@ -169,6 +193,12 @@ def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, s
                 mask = (a < keys.first_n + keys.num_n)[:, None] & d_ok[None, :]  # the last key that a row sees, on both axes
                 k = gl.load(_row_ptrs(ka_ptr, a, stride_ka, d), mask=mask, other=0)
                 v = gl.load(_row_ptrs(va_ptr, a, stride_va, d), mask=mask, other=0)
+                if plain is not None:
+                    row_ptr = (k_short_ptr if part == 0 else k_long_ptr) + first_b.to(gl.int64) * stride_kb * 2 + column
+                    mbarrier.wait(plain.empty.index(slot), slot_phase)
+                    async_copy.async_load(_as_pairs(plain.tiles).index(slot), _row_ptrs(ka_ptr, a, stride_ka, d), mask=mask)
+                    async_copy.commit_group()
+                    async_copy.wait_group(0)
                 k_row = kb_ptr + first_b.to(gl.int64) * stride_kb + d
                 v_row = vb_ptr + first_b.to(gl.int64) * stride_vb + d
                 k_b = gl.load(k_row, mask=d_ok, other=0)
@@ -179,13 +209,20 @@ def _scale_tiles(ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, s
                     more = d_ok & (i + 1 < num_b)
                     next_k = gl.load(k_row, mask=more, other=0)
                     next_v = gl.load(v_row, mask=more, other=0)
+                    if plain is not None:
+                        row = gl.load(row_ptr, mask=column < head_dim, other=0.0)
+                        row_ptr += stride_kb * 2
                     mbarrier.wait(ring.empty.index(stage), phase)
                     k_smem.index(stage).store(_multiply_pairs(k, gl.broadcast(k_b[None, :], k)[0], dtype))
                     v_smem.index(stage).store(_multiply_pairs(v, gl.broadcast(v_b[None, :], v)[0], dtype))
+                    if plain is not None:
+                        plain.rows.index(stage).store(row.to(gl.float32))
                     fence_async_shared()
                     mbarrier.arrive(ring.full.index(stage))
                     k_b, v_b = next_k, next_v
                     stage, phase = ring.advance(stage, phase)
+                slot_phase ^= slot
+                slot ^= 1
         attempt += 1
         if MAY_REDO:
             if attempt == 1:

@@ -180,7 +180,7 @@ def two_simplicial_fwd_scaled(
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_attend, (ring, keys, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
-            (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
+            (_scale_tiles, (ring, None, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
                             stride_vsn, head_dim, HEAD_DIM, BLOCK_N, True)),
         ],
         [4, 4],

@@ -2,9 +2,10 @@
 
 With k_j = k_long * k_short[j] and v_j = v_long * v_short[j] for one short key j,
 
-    S = q @ k_j^T    dP = dO @ v_j^T    dS = P * (dP - delta)    dq += dS @ k_j
+    S = q @ k_j^T    dP = dO @ v_j^T    dS = P * (dP - delta)    dq += (dS @ k_long) * k_short[j]
 
-three products over the ring of scaled tiles. The gradients of the keys are two_simplicial_scaled_dkv.py's.
+three products, the last with the tile as it is: k_j is rounded, and the portable kernel does not round there. The gradients of
+the keys are two_simplicial_scaled_dkv.py's.
 """
 
 import itertools
@@ -24,6 +25,7 @@ from triton_kernels.scaled_tiles import (
     _as_pairs,
     _keys_of,
     _lse_and_delta,
+    _new_plain,
     _new_ring,
     _own_steps,
     _pairs,
@@ -37,7 +39,7 @@ from triton_kernels.variant import Variant
 
 
 @gluon.jit
-def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, has_grad_lse,
+def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, has_grad_lse,
                      grad_q_ptr, minus_lse_ptr, minus_delta_ptr, stride_qn, stride_qh, stride_gn, stride_gh, out_stride, num_queries,
                      num_rows, group, past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: dq, and what dkv needs to know of 64 rows."""
@@ -77,9 +79,11 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
     one_pair = _sees_one_pair(first_pos, keys.w_long, keys.w_short)
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
-    grad_q = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
+    zero_q = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
+    grad_q = zero_q
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
+    slot = gl.to_tensor(0)
     for part in range(2):
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
         own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
@@ -96,10 +100,14 @@ def _query_gradients(ring, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, gr
                 seen = (pos >= b) & (pos < b + w_b)
                 _, ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, pos - w_a, at_edge, seen, single)
                 ds = gl.convert_layout(ds.to(dtype), ds_layout)
-                grad_q_next = warpgroup_mma(ds, ring.k.index(stage), grad_q, is_async=True)
-                grad_q = warpgroup_mma_wait(0, deps=(grad_q_next,))
+                u_next = warpgroup_mma(ds, plain.tiles.index(slot), zero_q, use_acc=False, is_async=True)
+                u = warpgroup_mma_wait(0, deps=(u_next,))
+                factor = plain.rows.index(stage).load(gl.SliceLayout(0, o_mma))
                 mbarrier.arrive(ring.empty.index(stage))
+                grad_q = gl.fma(u, gl.broadcast(factor[None, :], u)[0], grad_q)
                 stage, phase = ring.advance(stage, phase)
+            mbarrier.arrive(plain.empty.index(slot))
+            slot ^= 1
             stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
     _store_rows(grad_q_ptr, (grad_q * scale).to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
@@ -146,23 +154,26 @@ def two_simplicial_bwd_dq_scaled(
     keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M)
 
     ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
+    plain = _new_plain(dtype, STAGES, BLOCK_N, HEAD_DIM)
     qg_smem = gl.allocate_shared_memory(
         dtype, [4, ROWS, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype))  # fmt: skip
     for i in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(i), count=1)
         mbarrier.init(ring.empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(plain.empty.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_query_gradients, (ring, keys, qg_smem, 0, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
+            (_query_gradients, (ring, plain, keys, qg_smem, 0, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
                                 grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
                                 stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
                                 head_dim, scale, HEAD_DIM, BLOCK_N)),
-            (_query_gradients, (ring, keys, qg_smem, 1, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
+            (_query_gradients, (ring, plain, keys, qg_smem, 1, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
                                 grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
                                 stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
                                 head_dim, scale, HEAD_DIM, BLOCK_N)),
-            (_scale_tiles, (ring, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
+            (_scale_tiles, (ring, plain, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
                             stride_vsn, head_dim, HEAD_DIM, BLOCK_N, False)),
         ],
         [4, 4],
