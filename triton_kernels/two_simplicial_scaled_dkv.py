@@ -274,9 +274,9 @@ def two_simplicial_bwd_dkv_scaled(
     w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32", share: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Partial sums: of dk_long, dv_long 128 / BLOCK_N times for each of num_splits programs of a block of keys, which take `share` of its short
-    keys each (the last: the rest); of dk_short, dv_short for each block, rows first of its keys - w_short + 1 .. last + w_long - 1
-    (of those that there are)."""
+    """Partial sums: of dk_long, dv_long 128 / BLOCK_N times for each of num_splits programs of a block of keys, which take `share`
+    of its short keys each (the last: the rest); of dk_short, dv_short for each block, rows first of its keys - w_short + 1 ..
+    last + w_long - 1 (of those that there are)."""
     dtype: gl.constexpr = k_long_ptr.dtype.element_ty
     past = num_keys - num_queries
     num_blocks = gl.cdiv(num_keys, BLOCK_N)
