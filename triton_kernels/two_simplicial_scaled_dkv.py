@@ -128,17 +128,14 @@ def _short_rows(ptr, j, end_j, stride, d, d_ok, layout: gl.constexpr, BLOCK_N: g
 
 
 @gluon.jit
-def _store_short(part_ptr, first_part, tile, gradient, j, end_j, head_dim, BLOCK_N: gl.constexpr):
-    """dk_short or dv_short of this tile's keys: a row for each short key from j on."""
-    SHORT: gl.constexpr = ROWS // BLOCK_N
-    HEAD_DIM: gl.constexpr = gradient.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
-    lines = tile.load(gradient.type.layout).to(gl.float32) * gradient
-    sums = gl.convert_layout(gl.sum(lines.reshape([SHORT, BLOCK_N, HEAD_DIM]), 1), layout)
-    short = j + gl.arange(0, SHORT, gl.SliceLayout(1, layout))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    mask = (short < end_j)[:, None] & (d < head_dim)[None, :]
-    gl.store(part_ptr + (short - first_part)[:, None] * head_dim + d[None, :], sums, mask=mask)
+def _store_short(ptr, tile, gradient, j, end_j, head_dim, BLOCK_N: gl.constexpr):
+    """dk_short or dv_short of this tile's keys, the row of the first one at ptr."""
+    d = gl.arange(0, gradient.shape[1], gl.SliceLayout(0, gradient.type.layout))
+    line = gl.arange(0, ROWS, gl.SliceLayout(1, gradient.type.layout))
+    product = tile.load(gradient.type.layout).to(gl.float32) * gradient
+    for i in gl.static_range(ROWS // BLOCK_N):
+        own = product if BLOCK_N == ROWS else gl.where((line // BLOCK_N == i)[:, None], product, 0.0)
+        gl.store(ptr + i * head_dim + d, gl.sum(own, 0), mask=(d < head_dim) & (j + i < end_j))
 
 
 @gluon.jit
@@ -252,8 +249,9 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
             factor_k = _short_rows(k_short_ptr, j, end_j, stride_ksn, d, d_ok, o_mma, BLOCK_N).to(gl.float32)
             factor_v = _short_rows(v_short_ptr, j, end_j, stride_vsn, d, d_ok, o_mma, BLOCK_N).to(gl.float32)
             _add_long(part_k_desc, staging, grad_k, factor_k, turn_j == first_j, first_part)
-            _store_short(part_ks_ptr, first_n - w_short + 1, k_tile, grad_k, j, end_j, head_dim, BLOCK_N)
-            _store_short(part_vs_ptr, first_n - w_short + 1, v_tile, grad_v, j, end_j, head_dim, BLOCK_N)
+            part = (j.to(gl.int64) - (first_n - w_short + 1)) * head_dim
+            _store_short(part_ks_ptr + part, k_tile, grad_k, j, end_j, head_dim, BLOCK_N)
+            _store_short(part_vs_ptr + part, v_tile, grad_v, j, end_j, head_dim, BLOCK_N)
             tma.store_wait(0)
             gl.barrier()
             _add_long(part_v_desc, staging, grad_v, factor_v, turn_j == first_j, first_part)
