@@ -162,10 +162,9 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
     pair_ok = pair < head_dim // 2
     line = gl.arange(0, ROWS, gl.SliceLayout(1, s_mma))
     n = first_n + line % BLOCK_N
-    # The rows that see key n, as numbers of rows: to divide those by the group instead would take longer than the products.
     window = gl.minimum(w_long, num_keys)
-    sees_from = (n - past) * group
-    sees_until = (n - past + window) * group
+    # The rows that see one pair only, whose dS is dlse and nothing else.
+    single_until = gl.where(w_long + w_short == 2, (num_keys - past) * group, gl.where(past == 0, group, 0))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_mma))
     d_ok = d < head_dim
     to_exponent = scale * LOG2E
@@ -201,6 +200,11 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
         own_until = gl.minimum((gl.minimum(last_n + window, last_j + w_short) - past) * group, end)
         all_from = (gl.maximum(first_n + BLOCK_N - 1, j + SHORT - 1) - past) * group
         all_until = gl.minimum((gl.minimum(first_n + window, j + w_short) - past) * group, end)
+        # And of each line, as numbers of rows: to divide those by the group instead would take longer than the products.
+        short = j + line // BLOCK_N
+        sees_from = (gl.maximum(n, short) - past) * group
+        sees_until = gl.minimum((gl.minimum(n + window, short + w_short) - past) * group, end)
+        sees_until = gl.where(short < end_j, sees_until, 0)
         own_first = gl.minimum(gl.maximum(own_from - first, 0), end - first) // ROWS
         own_num = gl.where(j < end_j, gl.maximum(gl.cdiv(own_until - first, ROWS) - own_first, 0), 0)
         stage, phase = stream.skip(own_first, stage, phase)
@@ -225,13 +229,9 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
                 ds = p * (dp + minus_delta)
                 if (start < all_from) | (start + ROWS > all_until):  # also where a row sees one pair only
                     row = start + gl.arange(0, ROWS, columns)
-                    short = j + line // BLOCK_N
-                    valid_from = gl.maximum(sees_from, (short - past) * group)
-                    valid_until = gl.minimum(gl.minimum(sees_until, (short + w_short - past) * group), end)
-                    valid_until = gl.where(short < end_j, valid_until, 0)
-                    valid = (row[None, :] >= valid_from[:, None]) & (row[None, :] < valid_until[:, None])
+                    valid = (row[None, :] >= sees_from[:, None]) & (row[None, :] < sees_until[:, None])
                     p = gl.where(valid, p, 0.0)
-                    single = (row < group * (past == 0)) | (w_long + w_short == 2)
+                    single = row < single_until
                     ds = gl.where(valid, gl.where(single[None, :], minus_delta, ds), 0.0)
                 p = gl.convert_layout(p.to(dtype), p_layout)
                 ds = gl.convert_layout(ds.to(dtype), p_layout)
