@@ -39,9 +39,9 @@ from triton_kernels.scaled_tiles import (
 from triton_kernels.two_simplicial_skewed import _band_of, _block_of, _load_tiles
 from triton_kernels.variant import Variant
 
-# How fp32 rows are added up: eight rows of a run in one thread, and whole sectors of a row in one access. (In the layout of the
+# How fp32 rows are added up: four rows of a run in one thread, and whole sectors of a row in one access. (In the layout of the
 # products an access touches 32 bytes of each of 8 rows.)
-RUNS = gl.constexpr(gl.BlockedLayout([8, 4], [2, 16], [4, 1], [1, 0]))
+RUNS = gl.constexpr(gl.BlockedLayout([4, 4], [4, 8], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -80,8 +80,6 @@ def _add_rows(ptrs, x, mask, turn_start, run, turns):
         x = _sum_with(x, 1)
         if run >= 4:
             x = _sum_with(x, 2)
-            if run >= 8:
-                x = _sum_with(x, 4)
     for i in range(turns):
         gl.atomic_add(ptrs, x, mask=mask & (turn_start == i * run)[:, None], sem="relaxed")
         gl.barrier()
@@ -102,7 +100,7 @@ def _rows_of(first_row, group, layout: gl.constexpr):
     """64 rows from first_row on, their tokens and heads."""
     first_token = first_row // group
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout)) + (first_row - first_token * group)
-    # row // group for row < group + 64: eight divisions a thread would take as long as the loads.
+    # row // group for row < group + 64: divisions would take as long as the loads.
     token = gl.where(group < 64, row * (65536 // group + 1) >> 16, (row >= group).to(gl.int32))
     return row + first_token * group, token + first_token, row - token * group
 
@@ -150,7 +148,7 @@ def _add_gradients(u, w, staging, q, dq, k_short_ptr, grad_out_ptr, part_k_ptr, 
     row, token, head = _rows_of(_opaque(first_row), group, RUNS)
     grad_out_ptrs = _row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh
     grad_out = gl.load(grad_out_ptrs, mask=(row < num_rows)[:, None] & d_ok, other=0.0)
-    run = gl.minimum(group & -group, 8)
+    run = gl.minimum(group & -group, 4)
     turns = gl.cdiv(gl.minimum(group, ROWS), run)
     turn_start = gl.where((row % run == 0) & (row < num_rows), gl.minimum(head, row - first_row), -1)
     part_row = token - offset - (first_row // group - w_short + 1)  # of what sees no key: one that nobody reads
@@ -216,8 +214,9 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
         _clear(part_v_ptr, chunk_span, head_dim, HEAD_DIM)
         for offset in range(band.num_offsets):
             opaque_row = _opaque(first_row)
+            opaque_group = _opaque(group)
             _store_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), k_short_ptr, v_short_ptr,
-                            grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, opaque_row, num_rows, group, past,
+                            grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past,
                             head_dim, dtype)  # fmt: skip
             seen = pos >= offset
             since = gl.maximum(pos - band.w_long, -1)
@@ -245,7 +244,7 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
             stage, phase = ring.skip(band.num_tiles - before - own_num, stage, phase)
 
             _add_gradients(u, w, staging, q_smem.index(warpgroup), dq_smem.index(warpgroup), k_short_ptr, grad_out_ptr, part_k_ptr,
-                           part_v_ptr, stride_ksn, stride_gn, stride_gh, offset, opaque_row, num_rows, group, past, band.w_short,
+                           part_v_ptr, stride_ksn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past, band.w_short,
                            head_dim)  # fmt: skip
     grad_q = dq_smem.index(warpgroup).load(RUNS) * scale
     _store_rows(grad_q_ptr, grad_q.to(dtype), first_row, out_stride, num_rows, group, head_dim)
