@@ -8,8 +8,8 @@ U and W stay in registers through the window, and give three gradients once per 
 
     dq += k_short[t - o] * U        dk_short[t - o] += q * U        dv_short[t - o] += dO * W
 
-The rows of the short gradients are added up in fp32 rows of this warpgroup's own, one offset and one turn of a token's heads
-after the other, and two_simplicial_bwd_merge adds those of all warpgroups in a fixed order. dq is summed in shared memory.
+dq is summed in shared memory. The rows of the short gradients are added to fp32 rows of this warpgroup's own, one offset and one
+turn of a token's heads after the other, and two_simplicial_bwd_merge adds those of all warpgroups in a fixed order.
 """
 
 import itertools
@@ -39,6 +39,10 @@ from triton_kernels.scaled_tiles import (
 from triton_kernels.two_simplicial_skewed import _band_of, _block_of, _load_tiles
 from triton_kernels.variant import Variant
 
+# How fp32 rows are added up: four rows of a run in one thread, and whole sectors of a row in one access. (In the layout of the
+# products an access touches 32 bytes of each of 8 rows.)
+RUNS = gl.constexpr(gl.BlockedLayout([4, 4], [4, 8], [4, 1], [1, 0]))
+
 
 @gluon.jit
 def _fetch_tiles(ring, band, k_desc, v_desc, batch, kv_head):
@@ -46,6 +50,13 @@ def _fetch_tiles(ring, band, k_desc, v_desc, batch, kv_head):
     phase = 1
     for _ in range(band.num_offsets):
         stage, phase = _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head)
+
+
+@gluon.jit
+def _opaque(x):
+    """x, which the compiler does not know any more: addresses of rows that it computes before the loop over the offsets fill the
+    registers, and are spilled."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -59,26 +70,100 @@ def _sum_with(x, GAP: gl.constexpr):
 
 
 @gluon.jit
-def _add_rows(ptrs, x, mask, first, turn, run, turns):
-    """The rows of ptrs += x, where `run` consecutive rows of x and then `turns` such runs share one; `first` fills it."""
+def _add_rows(ptrs, x, mask, turn_start, run, turns):
+    """The rows of ptrs += x, where `run` consecutive rows of x and then `turns` such runs share one.
+
+    By reductions in L2, which nobody waits for. Those to one address come from one thread or have a barrier between them: they
+    are added in this order.
+    """
     if run >= 2:
         x = _sum_with(x, 1)
-    if run >= 4:
-        x = _sum_with(x, 2)
-    if run >= 8:
-        x = _sum_with(x, 4)
+        if run >= 4:
+            x = _sum_with(x, 2)
     for i in range(turns):
-        own = mask & (turn == i)[:, None]
-        before = gl.load(ptrs, mask=own & (first == 0)[:, None], other=0.0)
-        gl.store(ptrs, before + x, mask=own)
+        gl.atomic_add(ptrs, x, mask=mask & (turn_start == i * run)[:, None], sem="relaxed")
         gl.barrier()
+
+
+@gluon.jit
+def _clear(ptr, num_rows, head_dim, HEAD_DIM: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [4, 1], [1, 0])
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    for start in range(0, num_rows, ROWS):
+        row = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        zeros = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, layout)
+        gl.store(_row_ptrs(ptr, row, head_dim, d), zeros, mask=(row < num_rows)[:, None] & (d < head_dim)[None, :])
+
+
+@gluon.jit
+def _rows_of(first_row, group, layout: gl.constexpr):
+    """64 rows from first_row on, their tokens and heads."""
+    first_token = first_row // group
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout)) + (first_row - first_token * group)
+    # row // group for row < group + 64: divisions would take as long as the loads.
+    token = gl.where(group < 64, row * (65536 // group + 1) >> 16, (row >= group).to(gl.int32))
+    return row + first_token * group, token + first_token, row - token * group
+
+
+@gluon.jit
+def _store_operands(q, ab, k_short_ptr, v_short_ptr, grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, first_row,
+                    num_rows, group, past, head_dim, dtype: gl.constexpr):  # fmt: skip
+    """A = q * k_short and B = dO * v_short of an offset, in pairs."""
+    PAIRS: gl.constexpr = q.shape[1]
+    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
+    row, token, head = _rows_of(first_row, group, pairs)
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
+    key = token + past - offset
+    mask = ((key >= 0) & (row < num_rows))[:, None] & (pair < head_dim // 2)[None, :]
+    k_rows = gl.load(_row_ptrs(_pairs(k_short_ptr), key, stride_ksn // 2, pair), mask=mask, other=0)
+    v_rows = gl.load(_row_ptrs(_pairs(v_short_ptr), key, stride_vsn // 2, pair), mask=mask, other=0)
+    g_ptrs = _row_ptrs(_pairs(grad_out_ptr), token, stride_gn // 2, pair) + head[:, None] * (stride_gh // 2)
+    g_rows = gl.load(g_ptrs, mask=mask, other=0)
+    gl.barrier()  # all warps are done with those of the offset before
+    ab.index(0).store(_multiply_pairs(q.load(pairs), k_rows, dtype))
+    ab.index(1).store(_multiply_pairs(g_rows, v_rows, dtype))
+    fence_async_shared()
+    gl.barrier()
+
+
+@gluon.jit
+def _add_gradients(u, w, staging, q, dq, k_short_ptr, grad_out_ptr, part_k_ptr, part_v_ptr, stride_ksn, stride_gn, stride_gh, offset,
+                   first_row, num_rows, group, past, w_short, head_dim):  # fmt: skip
+    """What U and W of an offset add to dq and to the rows of the short gradients: through `staging`, the memory of A and B."""
+    HEAD_DIM: gl.constexpr = u.shape[1]
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, RUNS))
+    d_ok = (d < head_dim)[None, :]
+    row, token, head = _rows_of(first_row, group, RUNS)
+    key = token + past - offset
+    mask = ((row < num_rows) & (key >= 0))[:, None] & d_ok
+    k_short = gl.load(_row_ptrs(k_short_ptr, key, stride_ksn, d), mask=mask, other=0.0)
+    gl.barrier()  # all warps are done with A and B
+    staging.store(u)
+    gl.barrier()
+    u = staging.load(RUNS)
+    gl.barrier()
+    staging.store(w)
+    dq.store(gl.fma(u, k_short.to(gl.float32), dq.load(RUNS)))
+
+    row, token, head = _rows_of(_opaque(first_row), group, RUNS)
+    grad_out_ptrs = _row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh
+    grad_out = gl.load(grad_out_ptrs, mask=(row < num_rows)[:, None] & d_ok, other=0.0)
+    run = gl.minimum(group & -group, 4)
+    turns = gl.cdiv(gl.minimum(group, ROWS), run)
+    turn_start = gl.where((row % run == 0) & (row < num_rows), gl.minimum(head, row - first_row), -1)
+    part_row = token - offset - (first_row // group - w_short + 1)  # of what sees no key: one that nobody reads
+    part = (part_row * head_dim)[:, None] + d[None, :]
+    d_mask = gl.broadcast(d_ok, u)[0]
+    _add_rows(part_k_ptr + part, u * q.load(RUNS).to(gl.float32), d_mask, turn_start, run, turns)
+    gl.barrier()
+    _add_rows(part_v_ptr + part, staging.load(RUNS) * grad_out.to(gl.float32), d_mask, turn_start, run, turns)
 
 
 @gluon.jit
 def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_short_ptr, v_short_ptr, out_ptr, lse_ptr, grad_out_ptr,
                      grad_lse_ptr, has_grad_lse, grad_q_ptr, delta_ptr, part_k_ptr, part_v_ptr, stride_qn, stride_qh, stride_ksn,
-                     stride_vsn, stride_gn, stride_gh, out_stride, num_queries, num_keys, num_rows, group, past, first_row, head_dim,
-                     scale, chunk_span, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+                     stride_vsn, stride_gn, stride_gh, out_stride, num_queries, num_rows, group, past, first_row, head_dim, scale,
+                     chunk_span, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: 64 rows."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -110,13 +195,14 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
                                  num_rows, group, head_dim)  # fmt: skip
     gl.store(delta_ptr + (s_row % group).to(gl.int64) * num_queries + s_row // group, delta, mask=s_row < num_rows)
     to_exponent = scale * LOG2E
-    dq_smem.index(warpgroup).store(gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma))
+    a_smem = ab_smem.index(2 * warpgroup)
+    b_smem = ab_smem.index(2 * warpgroup + 1)
+    staging = ab_smem.reinterpret(gl.float32, [2, ROWS, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])).index(warpgroup)
+    dq_smem.index(warpgroup).store(gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, RUNS))
 
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past
     one_pair = _sees_one_pair(first_pos, band.w_long, band.w_short)
-    run = gl.where(group % 8 == 0, 8, gl.where(group % 4 == 0, 4, gl.where(group % 2 == 0, 2, 1)))
-    turns = gl.cdiv(gl.minimum(group, ROWS), run)
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -124,24 +210,14 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
         stage, phase = ring.skip(band.num_offsets * band.num_tiles, stage, phase)
     else:
         before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
+        _clear(part_k_ptr, chunk_span, head_dim, HEAD_DIM)
+        _clear(part_v_ptr, chunk_span, head_dim, HEAD_DIM)
         for offset in range(band.num_offsets):
-            # A and B
-            row = first_row + gl.arange(0, ROWS, pair_rows)
-            token = row // group
-            key = token + past - offset
-            key_mask = ((key >= 0) & (key < num_keys))[:, None] & pair_ok[None, :]
-            k_rows = gl.load(_row_ptrs(_pairs(k_short_ptr), key, stride_ksn // 2, pair), mask=key_mask, other=0)
-            v_rows = gl.load(_row_ptrs(_pairs(v_short_ptr), key, stride_vsn // 2, pair), mask=key_mask, other=0)
-            g_ptrs = _row_ptrs(_pairs(grad_out_ptr), token, stride_gn // 2, pair) + (row - token * group)[:, None] * (stride_gh // 2)
-            g_rows = gl.load(g_ptrs, mask=key_mask, other=0)
-            a = _multiply_pairs(_as_pairs(q_smem).index(warpgroup).load(pairs), k_rows, dtype)
-            b = _multiply_pairs(g_rows, v_rows, dtype)
-            gl.barrier()  # all warps are done with those of the offset before
-            _as_pairs(ab_smem).index(warpgroup).store(a)
-            _as_pairs(ab_smem).index(2 + warpgroup).store(b)
-            fence_async_shared()
-            gl.barrier()
-
+            opaque_row = _opaque(first_row)
+            opaque_group = _opaque(group)
+            _store_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), k_short_ptr, v_short_ptr,
+                            grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past,
+                            head_dim, dtype)  # fmt: skip
             seen = pos >= offset
             since = gl.maximum(pos - band.w_long, -1)
             stage, phase = ring.skip(before, stage, phase)
@@ -153,9 +229,9 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
                 at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1)) | one_pair
                 mbarrier.wait(ring.full.index(stage), phase)
                 s_next = warpgroup_mma(
-                    ab_smem.index(warpgroup), ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                    a_smem, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp_next = warpgroup_mma(
-                    ab_smem.index(2 + warpgroup), ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                    b_smem, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s, dp = warpgroup_mma_wait(0, deps=(s_next, dp_next))
                 p, ds = _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, seen, single)
                 p = gl.convert_layout(p.to(dtype), p_layout)
@@ -167,24 +243,10 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
                 stage, phase = ring.advance(stage, phase)
             stage, phase = ring.skip(band.num_tiles - before - own_num, stage, phase)
 
-            row = first_row + gl.arange(0, ROWS, o_rows)
-            token = row // group
-            key = token + past - offset
-            o_mask = ((row < num_rows) & (key >= 0))[:, None] & (d < head_dim)[None, :]
-            k_short = gl.load(_row_ptrs(k_short_ptr, key, stride_ksn, d), mask=o_mask, other=0.0)
-            dq = dq_smem.index(warpgroup).load(o_mma)
-            dq_smem.index(warpgroup).store(gl.fma(u, k_short.to(gl.float32), dq))
-            turn = gl.minimum(row - token * group, row - first_row) // run
-            first = (turn == 0) & ((offset == 0) | (token + past == first_pos))
-            leads = row % run == 0
-            x_mask = o_mask & leads[:, None]
-            x_row = key - (first_pos - band.w_short + 1)
-            u = u * q_smem.index(warpgroup).load(o_mma).to(gl.float32)
-            _add_rows(_row_ptrs(part_k_ptr, x_row, head_dim, d), u, x_mask, first, turn, run, turns)
-            grad_out_ptrs = _row_ptrs(grad_out_ptr, token, stride_gn, d) + (row - token * group)[:, None] * stride_gh
-            w = w * gl.load(grad_out_ptrs, mask=o_mask, other=0.0).to(gl.float32)
-            _add_rows(_row_ptrs(part_v_ptr, x_row, head_dim, d), w, x_mask, first, turn, run, turns)
-    grad_q = dq_smem.index(warpgroup).load(o_mma) * scale
+            _add_gradients(u, w, staging, q_smem.index(warpgroup), dq_smem.index(warpgroup), k_short_ptr, grad_out_ptr, part_k_ptr,
+                           part_v_ptr, stride_ksn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past, band.w_short,
+                           head_dim)  # fmt: skip
+    grad_q = dq_smem.index(warpgroup).load(RUNS) * scale
     _store_rows(grad_q_ptr, grad_q.to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
 
@@ -241,13 +303,13 @@ def two_simplicial_bwd_dq_skewed(
             (_query_gradients, (ring, band, q_smem, ab_smem, dq_smem, 0, q_ptr, k_short_ptr, v_short_ptr, out_ptr + first_out,
                                 lse_ptr + first_lse, grad_out_ptr, grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out,
                                 delta_ptr + first_lse, part_k_ptr, part_v_ptr, stride_qn, stride_qh, stride_ksn, stride_vsn, stride_gn,
-                                stride_gh, q_heads, num_queries, num_keys, num_rows, group, past, first_row, head_dim, scale,
-                                chunk_span, HEAD_DIM, BLOCK_N)),
+                                stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim, scale, chunk_span,
+                                HEAD_DIM, BLOCK_N)),
             (_query_gradients, (ring, band, q_smem, ab_smem, dq_smem, 1, q_ptr, k_short_ptr, v_short_ptr, out_ptr + first_out,
                                 lse_ptr + first_lse, grad_out_ptr, grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out,
                                 delta_ptr + first_lse, part_k_ptr + part_size, part_v_ptr + part_size, stride_qn, stride_qh, stride_ksn,
-                                stride_vsn, stride_gn, stride_gh, q_heads, num_queries, num_keys, num_rows, group, past, first_row,
-                                head_dim, scale, chunk_span, HEAD_DIM, BLOCK_N)),
+                                stride_vsn, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row, head_dim, scale,
+                                chunk_span, HEAD_DIM, BLOCK_N)),
             (_fetch_tiles, (ring, band, k_long, v_long, batch, kv_head)),
         ],
         [4, 1],
