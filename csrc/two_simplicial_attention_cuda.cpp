@@ -16,6 +16,7 @@ const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_D
 const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKVSkewed("two_simplicial_bwd_dkv_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
@@ -103,10 +104,17 @@ struct Launch {
     return skewed ? *skewed : select(kForward);
   }
   // Null where its partial rows of the short gradients, w_short and more for each 64 rows, would be too many.
-  const Kernel* skewed_backward() const {
+  const Kernel* skewed_dq() const {
     const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(rows, 64) * chunk_span(64) * p.B * p.Hkv * p.D;
     const bool fits = partial_bytes <= kFreeBytes || axes.w_short * p.group() <= kMostRowsPerToken * 64;
     return portable_only() || !fits ? nullptr : kBackwardQSkewed.find_if(device, {dtype, head_dim});
+  }
+  // Its steps are of 64 / BLOCK_M offsets. Null where too many of those lie past the window.
+  const Kernel* skewed_dkv() const {
+    const Kernel* kernel = portable_only() ? nullptr : kBackwardKVSkewed.find_if(device, {dtype, head_dim});
+    if (!kernel) return nullptr;
+    const int64_t offsets = 64 / (*kernel)["BLOCK_M"];
+    return 2 * ceil_div(axes.w_short, offsets) * offsets <= 3 * axes.w_short ? kernel : nullptr;
   }
   // Short keys that a chunk of rows sees.
   int64_t chunk_span(int64_t chunk_rows) const { return ceil_div(chunk_rows, p.group()) + axes.w_short; }
@@ -334,7 +342,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
 void query_gradients(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
                      const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel* skewed = l.skewed_backward();
+  const Kernel* skewed = l.skewed_dq();
   const Kernel& dq = skewed ? *skewed : l.select(kBackwardQ);
   const int64_t num_tiles = ceil_div(l.rows, dq["BLOCK_M"]);
   const int64_t chunk_tiles = skewed ? 0 : tiles_per_chunk(l, num_tiles, dq["BLOCK_M"]);
@@ -358,7 +366,8 @@ void query_gradients(const Launch& l, const Tensor& grad_out, const std::optiona
 void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                    const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel& dkv = kBackwardKV.find(l.device, {l.dtype, l.head_dim});
+  const Kernel* skewed = l.skewed_dkv();
+  const Kernel& dkv = skewed ? *skewed : kBackwardKV.find(l.device, {l.dtype, l.head_dim});
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t most_tiles = ceil_div(std::min(l.axes.w_long + block_n, p.Nq) * p.group(), dkv["BLOCK_M"]);
