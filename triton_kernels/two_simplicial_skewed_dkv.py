@@ -8,8 +8,9 @@ which are right operands of two products each:
 
     S^T = k_long @ A^T    dP^T = v_long @ B^T    dS^T = P^T * (dP^T - delta)    dv_long += P^T @ B    dk_long += dS^T @ A
 
-A helper warpgroup writes A and B, into a ring in shared memory, 64 columns of S^T at a time: 16 rows at 4 offsets, so that it
-keeps little of q and dO in registers and finds the short rows of a few tokens in L1. Two warpgroups of 64 keys each multiply.
+A helper warpgroup writes A and B into a ring in shared memory, 64 columns of S^T at a time: BLOCK_M rows at 64 / BLOCK_M
+offsets. Few rows take few of its registers, and the short rows of their tokens are in L1 when the next offsets come. Two
+warpgroups of 64 keys each multiply.
 """
 
 import itertools
@@ -35,7 +36,7 @@ class Ring:
     a: gl.shared_memory_descriptor  # [stages, 64, HEAD_DIM]
     b: gl.shared_memory_descriptor
     statistics: gl.shared_memory_descriptor  # [2 * stages, 64]: -lse as an exponent of 2 and -delta
-    pos: gl.shared_memory_descriptor  # [stages, 64], -1: of no row, or before the first short key
+    pos: gl.shared_memory_descriptor  # [stages, 64], -1: no row, or none with a short key at this offset
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
@@ -215,7 +216,8 @@ def two_simplicial_bwd_dkv_skewed(
     w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """num_splits programs share the rows of a block, BLOCK_M by BLOCK_M; if more than one, they leave partial sums."""
+    """num_splits programs share the rows of a block, BLOCK_M by BLOCK_M; if more than one, they leave partial sums. w_short: not
+    1, where every row of windows 1 x 1 sees one pair only (the host keeps windows out that 64 / BLOCK_M offsets fit badly)."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     past = num_keys - num_queries
     num_blocks = gl.cdiv(num_keys, BLOCK_N)
@@ -282,13 +284,13 @@ def two_simplicial_bwd_dkv_skewed(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md.
+# Measured on an H100: docs/kernels.md. BLOCK_M: as many rows as the helper loads at once, 16 bytes a thread.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dkv_skewed,
         "sm90a",
         {"dtype": dtype, "HEAD_DIM": head_dim},
-        {"BLOCK_M": 16, "BLOCK_N": 128, "STAGES": 3 if head_dim == 128 else 6, "num_warps": 4},
+        {"BLOCK_M": 1024 // head_dim, "BLOCK_N": 128, "STAGES": 384 // head_dim, "num_warps": 4},
     )
     for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
 ]
