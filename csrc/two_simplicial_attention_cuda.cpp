@@ -284,17 +284,11 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t heads = p.B * p.Hkv;
   const Tensor statistics = empty_like_device(lse, {2 * heads, l.rows}, ScalarType::Float);
   const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim, l.scaled_tile()});
-  launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
-         Args(l, dq)
-             .inputs()
-             .pointer("out_ptr", out)
-             .pointer("lse_ptr", lse)
-             .pointer("grad_out_ptr", grad_out)
-             .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
-             .pointer("grad_q_ptr", grad_q)
-             .pointer("statistics_ptr", statistics)
-             .problem(&grad_out)
-             .integer("has_grad_lse", grad_lse.has_value()));
+  Args args(l, dq);
+  args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out);
+  args.pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse).pointer("grad_q_ptr", grad_q);
+  args.pointer("statistics_ptr", statistics).problem(&grad_out).integer("has_grad_lse", grad_lse.has_value());
+  launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])), args);
 
   const int64_t block_n = l.scaled_tile();
   const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim, block_n});
