@@ -55,7 +55,7 @@ def test_choice_of_the_kernels(dtype, ratio, w, kind, dkv_kind):
     ("n_q", "n_k", "w"),
     [
         (50, 50, (20, 7)),  # fewer tokens than a tile, in a window smaller than one
-        (200, 200, (9, 130)),
+        (200, 200, (11, 130)),
         (130, 130, (1, 1)),
         (100, 257, (128, 1)),
         (64, 333, (300, 40)),
