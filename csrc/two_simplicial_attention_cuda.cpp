@@ -16,6 +16,7 @@ const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_D
 const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKVSkewed("two_simplicial_bwd_dkv_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
@@ -84,7 +85,7 @@ struct Launch {
     const int64_t block_n = scaled_tile();
     const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
-    if (2 * axes.w_short < 3 * (ceil_div(64, p.group()) - 1)) return false;
+    if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
     if (p.group() % 8) return false;  // its copies are of 8 heads
     const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
     const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
@@ -99,14 +100,21 @@ struct Launch {
   // Hopper has kernels for fewer heads, too (two_simplicial_skewed*.py), which round as the portable ones.
   const Kernel& forward() const {
     if (scales()) return kForwardScaled.find(device, {dtype, head_dim, scaled_tile()});
-    const Kernel* skewed = portable_only() ? nullptr : kForwardSkewed.find_if(device, {dtype, head_dim});
+    const Kernel* skewed = skewed_kernel(kForwardSkewed);
     return skewed ? *skewed : select(kForward);
   }
   // Null where its partial rows of the short gradients, w_short and more for each 64 rows, would be too many.
-  const Kernel* skewed_backward() const {
+  const Kernel* skewed_dq() const {
     const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(rows, 64) * chunk_span(64) * p.B * p.Hkv * p.D;
     const bool fits = partial_bytes <= kFreeBytes || axes.w_short * p.group() <= kMostRowsPerToken * 64;
-    return portable_only() || !fits ? nullptr : kBackwardQSkewed.find_if(device, {dtype, head_dim});
+    return fits ? skewed_kernel(kBackwardQSkewed) : nullptr;
+  }
+  // A step of the skewed one is of 64 / BLOCK_M offsets, of which at most a third may lie past the window.
+  const Kernel& dkv() const {
+    const Kernel* skewed = skewed_kernel(kBackwardKVSkewed);
+    const int64_t offsets = skewed ? 64 / (*skewed)["BLOCK_M"] : 1;
+    const bool fits = 2 * ceil_div(axes.w_short, offsets) * offsets <= 3 * axes.w_short;
+    return skewed && fits ? *skewed : kBackwardKV.find(device, {dtype, head_dim});
   }
   // Short keys that a chunk of rows sees.
   int64_t chunk_span(int64_t chunk_rows) const { return ceil_div(chunk_rows, p.group()) + axes.w_short; }
@@ -119,6 +127,9 @@ struct Launch {
   }
 
  private:
+  const Kernel* skewed_kernel(const KernelFamily& family) const {
+    return portable_only() ? nullptr : family.find_if(device, {dtype, head_dim});
+  }
   // A reader's switch, not a tuning knob: SIMPLEX_KERNELS=portable is what the other kernels are compared with.
   static bool portable_only() {
     static const bool only = [] {
@@ -273,17 +284,11 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t heads = p.B * p.Hkv;
   const Tensor statistics = empty_like_device(lse, {2 * heads, l.rows}, ScalarType::Float);
   const Kernel& dq = kBackwardQScaled.find(l.device, {l.dtype, l.head_dim, l.scaled_tile()});
-  launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])),
-         Args(l, dq)
-             .inputs()
-             .pointer("out_ptr", out)
-             .pointer("lse_ptr", lse)
-             .pointer("grad_out_ptr", grad_out)
-             .pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse)
-             .pointer("grad_q_ptr", grad_q)
-             .pointer("statistics_ptr", statistics)
-             .problem(&grad_out)
-             .integer("has_grad_lse", grad_lse.has_value()));
+  Args args(l, dq);
+  args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out);
+  args.pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse).pointer("grad_q_ptr", grad_q);
+  args.pointer("statistics_ptr", statistics).problem(&grad_out).integer("has_grad_lse", grad_lse.has_value());
+  launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])), args);
 
   const int64_t block_n = l.scaled_tile();
   const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim, block_n});
@@ -334,7 +339,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
 void query_gradients(const Launch& l, const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
                      const Tensor& lse, const Tensor& delta, const Tensor& grad_q, const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel* skewed = l.skewed_backward();
+  const Kernel* skewed = l.skewed_dq();
   const Kernel& dq = skewed ? *skewed : l.select(kBackwardQ);
   const int64_t num_tiles = ceil_div(l.rows, dq["BLOCK_M"]);
   const int64_t chunk_tiles = skewed ? 0 : tiles_per_chunk(l, num_tiles, dq["BLOCK_M"]);
@@ -358,25 +363,18 @@ void query_gradients(const Launch& l, const Tensor& grad_out, const std::optiona
 void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                    const GradAxes& grad) {
   const TwoSimplicialAttention& p = l.p;
-  const Kernel& dkv = kBackwardKV.find(l.device, {l.dtype, l.head_dim});
+  const Kernel& dkv = l.dkv();
   const int64_t block_n = dkv["BLOCK_N"];
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t most_tiles = ceil_div(std::min(l.axes.w_long + block_n, p.Nq) * p.group(), dkv["BLOCK_M"]);
   const int64_t splits = std::clamp<int64_t>(kPrograms / (blocks * p.B * p.Hkv), 1, most_tiles);
   const int64_t parts = splits > 1 ? p.B * p.Hkv * blocks * splits : 0;
   const Tensor part_k = partial_sums(l, parts, block_n), part_v = partial_sums(l, parts, block_n);
-  launch(dkv, l.device, l.stream, l.grid(blocks * splits),
-         Args(l, dkv)
-             .inputs()
-             .pointer("lse_ptr", lse)
-             .pointer("grad_out_ptr", grad_out)
-             .pointer("delta_ptr", delta)
-             .pointer("grad_k_ptr", grad.k_long)
-             .pointer("grad_v_ptr", grad.v_long)
-             .pointer("part_k_ptr", part_k)
-             .pointer("part_v_ptr", part_v)
-             .problem(&grad_out)
-             .integer("num_splits", splits));
+  Args args(l, dkv);
+  args.inputs().pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out).pointer("delta_ptr", delta);
+  args.pointer("grad_k_ptr", grad.k_long).pointer("grad_v_ptr", grad.v_long);
+  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v).problem(&grad_out).integer("num_splits", splits);
+  launch(dkv, l.device, l.stream, l.grid(blocks * splits), args);
   if (splits > 1) add_splits(l, grad, part_k, part_v, splits, block_n);
 }
 

@@ -23,6 +23,7 @@ SPILLS = {
     "two_simplicial_fwd_scaled": 0,
     "two_simplicial_bwd_dq_scaled": 0,
     "two_simplicial_bwd_dkv_scaled": 14,
+    "two_simplicial_bwd_dkv_skewed": 0,
     "two_simplicial_fwd_skewed": 0,
     "two_simplicial_bwd_dq_skewed": 0,
 }
