@@ -4,7 +4,7 @@
 
 "of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
 The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is what the
-kernels of the same layer take around a block that does nothing, over what those of the layer take. Calls follow each other
+kernels that a layer runs around its block take, over what all of its kernels take, in the same passes. Calls follow each other
 without a wait, as in a model. KV bytes are what torch's allocator counts on CUDA. Less than 60 s on an H100.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, median_ms, write
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 import simplex_ops
@@ -41,16 +42,39 @@ def call_ms(function: Callable[[], object], device: str, calls: int = 10) -> flo
     return median_ms(several, device) / calls
 
 
-def kernels_ms(function: Callable[[], object], device: str, calls: int = 5) -> float:
-    """What the kernels of a call take, without the gaps between them."""
-    if device == "cpu":
-        return call_ms(function, device)
+class Marked(torch.nn.Module):
+    """A block whose kernels the profiler tells apart."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with record_function("block"):
+            return self.block(x, positions)
+
+
+def kernels_us(function: Callable[[], object], calls: int = 10) -> dict[str, float]:
+    """What the kernels of a call take outside of a `Marked` block, by name, and under "block" those of the block together."""
     function()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
             function()
         torch.cuda.synchronize()
-    return sum(row.self_device_time_total for row in profiler.key_averages()) / 1e3 / calls
+    events = profiler.events()
+    blocks = [e for e in events if e.device_type == DeviceType.CPU and e.name == "block"]
+    times: dict[str, float] = {"block": sum(e.device_time_total for e in blocks) / calls}
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            times[event.name] = times.get(event.name, 0.0) + event.self_device_time_total / calls
+    for event in _below(blocks):
+        for kernel in event.kernels:
+            times[kernel.name] -= kernel.duration / calls
+    return {name: time for name, time in times.items() if time > 0.05}
+
+
+def _below(events: list) -> list:
+    return events + [e for event in events for e in _below(event.cpu_children)]
 
 
 def copy_rate(numel: int, dtype: torch.dtype, device: str) -> float:
@@ -72,11 +96,12 @@ def moves(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
     x = torch.randn(batch, length, dim, device=device).to(dtype)
     idx, _ = simplex_ops.topk_route(torch.rand(batch, length, device=device), length // 2)
-    y, gate = simplex_ops.route_gather(x, idx), torch.rand(batch, length // 2, device=device)
+    y, gate = simplex_ops.route_gather(x, idx), torch.rand(batch, length, device=device)
+    of_slots = gate[:, : length // 2].contiguous()
     rate = copy_rate(x.numel(), dtype, device)
     calls = {
         "route_gather": (lambda: simplex_ops.route_gather(x, idx), 2 * y.nbytes),
-        "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
+        "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, of_slots), 2 * x.nbytes + y.nbytes),
         "route_replace": (lambda: simplex_ops.route_replace(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
     }
     times = {name: call_ms(call, device) for name, (call, _) in calls.items()}
@@ -120,11 +145,6 @@ def append(device: str) -> dict:
     return {"op": "route_kv_append_", "us": 1e3 * ours, "of copy": 4 * k.nbytes / ours / rate}
 
 
-class Nothing(torch.nn.Module):
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 @torch.no_grad()
 def layers(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
@@ -145,16 +165,22 @@ def layers(device: str) -> list[dict]:
     made = {name: layer.to(device, dtype) for name, layer in made.items()}
     student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
-        student.calibrate(student.router(x).gather(1, student.top_k(student.router(x))[0].long()))
+        student.calibrate(student.router(x), student.top_k(student.router(x))[1])
     student.eval().trim = True
 
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
     for name, layer in made.items():
         call = partial(layer, x, gate) if name == "dynamic layer" else partial(layer, x)
-        time, kernels = call_ms(call, device, 5), kernels_ms(call, device)
-        layer.block = Nothing()
-        share = kernels_ms(call, device) / kernels
-        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time, "routing share": share})
+        time = call_ms(call, device, 5)
+        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time})
+        if device == "cuda":
+            layer.block = Marked(block)
+            kernels = kernels_us(call)
+            total, inside = sum(kernels.values()), kernels.pop("block")
+            rows[-1] |= {"routing share": 1 - inside / total}
+            print(f"{name}: {total:.1f} us, {inside:.1f} of them in its block, around it:")
+            for kernel in sorted(kernels, key=kernels.__getitem__, reverse=True):
+                print(f"  {kernels[kernel]:7.1f}  {kernel[:110]}")
     return rows
 
 

@@ -131,21 +131,76 @@ std::tuple<Tensor, Tensor> threshold_route(const Tensor& scores, double threshol
   return {idx, count};
 }
 
+template <class W>
+double mean_of_lowest(const Tensor& scores, const Tensor& mask) {
+  const W* const from = elements<W>(scores);
+  const bool* const chosen = elements<bool>(mask);
+  const int64_t B = scores.size(0), T = scores.size(1);
+  double total = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    double lowest = std::numeric_limits<double>::infinity();
+    for (int64_t i = b * T; i < (b + 1) * T; ++i) {
+      if (chosen[i]) lowest = std::isnan(from[i]) ? -HUGE_VAL : std::min(lowest, static_cast<double>(from[i]));
+    }
+    total += lowest;
+  }
+  return total / static_cast<double>(B);
+}
+
+const KernelFamily kCalibrate("route_calibrate", {});
+
+void route_calibrate_(const Tensor& threshold, const Tensor& calibrations, const Tensor& scores, const Tensor& mask) {
+  constexpr const char* op = "route_calibrate_";
+  check_scores(op, scores);
+  const int64_t B = scores.size(0), T = scores.size(1);
+  expect_sizes(op, "mask", mask, {B, T}, "that of scores");
+  expect_dtype(op, "mask", mask, ScalarType::Bool);
+  expect_device(op, "mask", mask, "scores", scores);
+  for (const auto& [name, x] : {std::pair{"threshold", threshold}, std::pair{"calibrations", calibrations}}) {
+    expect_sizes(op, name, x, {}, "one number");
+    expect_dtype(op, name, x, ScalarType::Float);
+    expect_device(op, name, x, "scores", scores);
+  }
+  if (B == 0) return;
+  const Tensor s = packed(scores), m = packed(mask);
+  if (scores.is_cpu()) {
+    const double lowest =
+        s.scalar_type() == ScalarType::Double ? mean_of_lowest<double>(s, m) : mean_of_lowest<float>(s, m);
+    float& count = *mutable_elements<float>(calibrations);
+    float& value = *mutable_elements<float>(threshold);
+    count += 1;
+    if (std::isfinite(lowest)) value += static_cast<float>(std::max(1.0 / count, 0.02) * (lowest - value));
+    return;
+  }
+  SIMPLEX_EXPECT(B < kMost / 2, op, "the batch of scores to be below 2^30, got ", B);
+  const int device = s.get_device_index();
+  launch(kCalibrate.find(device, {}), device, current_cuda_stream(device), {1, 1, 1},
+         {{"threshold_ptr", threshold.const_data_ptr()},
+          {"calibrations_ptr", calibrations.const_data_ptr()},
+          {"scores_ptr", s.const_data_ptr()},
+          {"mask_ptr", m.const_data_ptr()},
+          {"batch", static_cast<int32_t>(B)},
+          {"length", static_cast<int32_t>(T)}});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
   m.def("topk_route(Tensor scores, SymInt k) -> (Tensor idx, Tensor mask)");
   m.def("threshold_route(Tensor scores, float threshold, SymInt cap) -> (Tensor idx, Tensor count)");
+  m.def("route_calibrate_(Tensor(a!) threshold, Tensor(b!) calibrations, Tensor scores, Tensor mask) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
   m.impl("topk_route", TORCH_BOX(&topk_route));
   m.impl("threshold_route", TORCH_BOX(&threshold_route));
+  m.impl("route_calibrate_", TORCH_BOX(&route_calibrate_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
   m.impl("topk_route", TORCH_BOX(&topk_route));
   m.impl("threshold_route", TORCH_BOX(&threshold_route));
+  m.impl("route_calibrate_", TORCH_BOX(&route_calibrate_));
 }
 
 }  // namespace simplex

@@ -1,7 +1,8 @@
 """The causal router's logits (arXiv 2511.21408): portable Triton kernels, forward and backward.
 
-Forward is a program per token, which reads its row and the one before it (the second from the cache, since its neighbour just
-read it). Backward is a program per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
+Forward is a program per few tokens, which share the weight; each reads its row and the one before it (the second from the cache,
+since its neighbour just read it), or its row only where dim_before, the columns of the row before that count, is 0. Backward is a
+program per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
 """
 
 import itertools
@@ -15,32 +16,35 @@ from triton_kernels.variant import Variant
 @triton.jit
 def causal_route_logits_fwd(
     x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16", logits_ptr: "*fp32:16",
-    length: "i32", dim: "i32:8", has_prev: "i32",
-    BLOCK_D: tl.constexpr,
+    rows: "i32", length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    # How many elements there are to read of the row before: none of at least one of its two places.
-    of_x = tl.where(row % length == 0, 0, dim)
-    of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    of_x = (row.to(tl.int64) * dim)[:, None]
+    of_prev = ((row // length).to(tl.int64) * dim)[:, None]
+    present = (row < rows)[:, None]
+    # The row before is in one of two places, or in none.
+    inner = ((row < rows) & (row % length != 0))[:, None]
+    first = ((row < rows) & (tl.where(has_prev != 0, row % length, 1) == 0))[:, None]
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = d < dim
-        x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
-        before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
-        total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
-    tl.store(logits_ptr + row, tl.sum(total))
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_ptr + of_x + d, mask=present & (d < dim), other=0.0).to(tl.float32)
+        before = tl.load(x_ptr + of_x - dim + d, mask=inner & (d < dim_before), other=0.0).to(tl.float32)
+        before += tl.load(prev_ptr + of_prev + d, mask=first & (d < dim_before), other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
+        total += before * tl.load(weight_ptr + dim + d, mask=d < dim_before, other=0.0)
+    tl.store(logits_ptr + row, tl.sum(total, 1), mask=row < rows)
 
 
 @triton.jit
 def causal_route_logits_bwd(
     grad_logits_ptr: "*fp32:16", x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16",
-    grad_x_ptr: "*dtype:16", grad_prev_ptr: "*dtype:16", parts_ptr: "*fp32:16", length: "i32", dim: "i32:8", has_prev: "i32",
+    grad_x_ptr: "*dtype:16", grad_prev_ptr: "*dtype:16", parts_ptr: "*fp32:16",
+    length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """parts [programs, 2 dim]: what the tokens of a block add to the weight's gradient, whose sum is the host's."""
+    """parts [programs, dim + dim_before]: what the tokens of a block add to the weight's gradient, whose sum is the host's."""
     blocks = tl.cdiv(length, BLOCK_T)
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     start_t = tl.program_id(0) % blocks * BLOCK_T
@@ -50,20 +54,20 @@ def causal_route_logits_bwd(
     following = tl.load(grad_logits_ptr + t + 1, mask=t + 1 < length, other=0.0)[:, None]
     first = tl.load(grad_logits_ptr)  # the first token's gradient reaches what came before it
     of_prev = tl.where((start_t == 0) & (has_prev != 0), dim, 0)
-    parts_ptr += tl.program_id(0).to(tl.int64) * 2 * dim
+    parts_ptr += tl.program_id(0).to(tl.int64) * (dim + dim_before)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = d < dim
         row = (sequence * length + t)[:, None] * dim + d[None, :]
         mask = (t < length)[:, None] & inside[None, :]
         now = tl.load(weight_ptr + d, mask=inside, other=0.0)
-        before = tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
+        before = tl.load(weight_ptr + dim + d, mask=d < dim_before, other=0.0)
         grad = own * now[None, :] + following * before[None, :]
         tl.store(grad_x_ptr + row, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
         prev = tl.load(prev_ptr + sequence * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
         tl.store(parts_ptr + d, tl.sum(own * x, 0), mask=inside)
-        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + first * prev, mask=inside)
+        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + first * prev, mask=d < dim_before)
         grad_prev = (first * before).to(grad_x_ptr.dtype.element_ty)
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
@@ -73,7 +77,7 @@ def causal_route_logits_bwd(
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):
-        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"BLOCK_D": 512, "num_warps": 2}))
+        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"ROWS": 4, "BLOCK_D": 512, "num_warps": 4}))
         tile = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
         table.append(Variant(causal_route_logits_bwd, arch, {"dtype": dtype}, tile))
     return table

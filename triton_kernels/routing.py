@@ -5,7 +5,8 @@ of the scores that sorts as they do, by counting the scores at or above a candid
 in registers meanwhile, and each round settles two bits. What reaches the threshold is then written in the order of time, ties
 from the left.
 
-The moves read and write every row once, a few rows a program. Adding back goes by the rows of the result: `route_slots` leaves
+The moves read and write every row once, a few rows a program, from the last row to the first: whatever wrote or read the rows
+before them ended with the last ones, which the L2 still holds. Adding back goes by the rows of the result: `route_slots` leaves
 for each row which slot it takes, so that untouched rows are copied on the way. An index outside [0, length) moves nothing, so
 that none corrupts memory.
 """
@@ -131,12 +132,45 @@ def route_threshold(
 
 
 @triton.jit
+def route_calibrate(
+    threshold_ptr: "*fp32", calibrations_ptr: "*fp32", scores_ptr: "*fp32:16", mask_ptr: "*i8:16", batch: "i32", length: "i32",
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One program: the scores of a batch are few."""
+    total = tl.zeros([], tl.float32)
+    for first in range(0, batch, ROWS):
+        row = first + tl.arange(0, ROWS)
+        lowest = tl.full([ROWS, BLOCK], float("inf"), tl.float32)
+        for start in range(0, length, BLOCK):
+            t = start + tl.arange(0, BLOCK)[None, :]
+            at = row.to(tl.int64)[:, None] * length + t
+            inside = (row < batch)[:, None] & (t < length)
+            score = tl.load(scores_ptr + at, mask=inside, other=0.0)
+            chosen = tl.load(mask_ptr + at, mask=inside, other=0)
+            score = tl.where(score != score, float("-inf"), score)
+            lowest = tl.where(chosen != 0, tl.minimum(lowest, score), lowest)
+        total += tl.sum(tl.where(row < batch, tl.min(lowest, 1), 0.0))
+    lowest = total / batch
+    calibrations = tl.load(calibrations_ptr) + 1
+    tl.store(calibrations_ptr, calibrations)
+    before = tl.load(threshold_ptr)
+    after = before + tl.maximum(1 / calibrations, 0.02) * (lowest - before)
+    tl.store(threshold_ptr, tl.where(tl.abs(lowest) < float("inf"), after, before))
+
+
+@triton.jit
+def _last_first(ITEMS: tl.constexpr):
+    """This program's items, from the end."""
+    return (tl.num_programs(0) - 1 - tl.program_id(0)) * ITEMS + tl.arange(0, ITEMS)
+
+
+@triton.jit
 def route_gather_rows(
     from_ptr: "*dtype:16", idx_ptr: "*i32:16", to_ptr: "*dtype:16", length: "i32", slots: "i32", total: "i32", dim: "i32:8",
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total: the slots of all sequences."""
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = _last_first(ROWS)
     t = tl.load(idx_ptr + slot, mask=slot < total, other=-1)
     row = (slot // slots).to(tl.int64) * length + t
     present = ((t >= 0) & (t < length))[:, None]
@@ -165,11 +199,12 @@ def route_scatter_add_rows(
     rows: "i32", dim: "i32:8", has_base: "i32", has_gate: "i32", replaces: "i32",
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """rows: of all sequences. Adds y to the base, or puts it in its place; without a base, in the place of zeros."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """rows: of all sequences. Adds y to the base, or puts it in its place; without a base, in the place of zeros. The gate is
+    one number for each slot, and for each row where y replaces."""
+    row = _last_first(ROWS)
     slot = tl.load(slot_of_ptr + row, mask=row < rows, other=-1)
-    gated = tl.where(has_gate != 0, slot, -1)
-    gate = tl.load(gate_ptr + gated, mask=gated >= 0, other=1.0)[:, None]
+    of_gate = tl.where(replaces != 0, row, slot)
+    gate = tl.load(gate_ptr + of_gate, mask=tl.where(has_gate != 0, slot, -1) >= 0, other=1.0)[:, None]
     routed = (slot >= 0)[:, None]
     wanted = (row < rows)[:, None]
     whole = replaces > has_gate  # y itself: what it replaces is not read
@@ -200,10 +235,11 @@ def route_scatter_add_bwd(
     length: "i32", slots: "i32", dim: "i32:8", has_gate: "i32", replaces: "i32",
     BLOCK_D: tl.constexpr,
 ):
-    """grad_base holds grad_out; rows that were replaced get what their gate left of them."""
+    """grad_base holds grad_out; rows that were replaced get what their gate left of them. grad_gate holds zeros then."""
     slot, row, present = _slot(idx_ptr, length, slots, dim)
     replaced = tl.where(replaces != 0, present, 0)
-    gate = tl.load(gate_ptr + slot, mask=has_gate != 0, other=1.0)
+    of_gate = tl.where(replaces != 0, row, slot)
+    gate = tl.load(gate_ptr + of_gate, mask=tl.where(has_gate != 0, present, 0) > 0, other=1.0)
     dot = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -215,7 +251,7 @@ def route_scatter_add_bwd(
         tl.store(grad_base_ptr + row * dim + d, of_base.to(grad_base_ptr.dtype.element_ty), mask=d < replaced)
         tl.store(grad_y_ptr + slot * dim + d, (gate * grad).to(grad_y_ptr.dtype.element_ty), mask=d < dim)
     if has_gate != 0:
-        tl.store(grad_gate_ptr + slot, tl.sum(dot))
+        tl.store(grad_gate_ptr + of_gate, tl.sum(dot), mask=tl.where(replaces != 0, present, 1) > 0)
 
 
 # On the H100, 8 x 4096 x 2048 bf16, half of the tokens, 13 tiles of 1 to 16 rows gather in 48 to 52 us and add back in 113 to 127,
@@ -226,6 +262,7 @@ def _variants() -> list[Variant]:
         for kernel in (route_topk, route_threshold):
             table.append(Variant(kernel, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_slots, arch, {}, {"BLOCK": 1024, "num_warps": 4}))
+        table.append(Variant(route_calibrate, arch, {}, {"ROWS": 8, "BLOCK": 2048, "num_warps": 16}))
         for dtype in ("bf16", "fp16", "fp32"):
             rows = {"ROWS": 4, "BLOCK_D": 512 if dtype == "fp32" else 1024, "num_warps": 8}
             if dtype != "bf16":  # a plain move takes fp16 for all that is two bytes wide
