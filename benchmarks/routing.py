@@ -4,12 +4,14 @@
 
 "of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
 The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is what the
-kernels that a layer runs around its block take, over what all of its kernels take, in the same passes. Calls follow each other
-without a wait, as in a model. KV bytes are what torch's allocator counts on CUDA. Less than 60 s on an H100.
+kernels that a layer runs around its block take, over what all of its kernels take, in the same passes, each on what a dense
+block has just made. Calls follow each other without a wait, as in a model. KV bytes are what torch's allocator counts on
+CUDA. Less than 60 s on an H100.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, median_ms, write
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
@@ -43,38 +46,36 @@ def call_ms(function: Callable[[], object], device: str, calls: int = 10) -> flo
 
 
 class Marked(torch.nn.Module):
-    """A block whose kernels the profiler tells apart."""
+    """What the profiler knows by a name."""
 
-    def __init__(self, block: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.name, self.module = name, module
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with record_function("block"):
-            return self.block(x, positions)
+    def forward(self, *args: object) -> torch.Tensor:
+        with record_function(self.name):
+            return self.module(*args)
 
 
-def kernels_us(function: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """What the kernels of a call take outside of a `Marked` block, by name, and under "block" those of the block together."""
-    function()
+def kernels_us(step: Callable[[], object], *names: str, calls: int = 10) -> list[Counter]:
+    """What the kernels that ran within `Marked` modules of these names take in a step, by the kernel's name."""
+    step()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
-            function()
+            step()
         torch.cuda.synchronize()
-    events = profiler.events()
-    blocks = [e for e in events if e.device_type == DeviceType.CPU and e.name == "block"]
-    times: dict[str, float] = {"block": sum(e.device_time_total for e in blocks) / calls}
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            times[event.name] = times.get(event.name, 0.0) + event.self_device_time_total / calls
-    for event in _below(blocks):
-        for kernel in event.kernels:
-            times[kernel.name] -= kernel.duration / calls
-    return {name: time for name, time in times.items() if time > 0.05}
+    found = [Counter() for _ in names]
+    for event in profiler.events():
+        if event.device_type == DeviceType.CPU and event.name in names:
+            _add_kernels(event, found[names.index(event.name)], calls)
+    return found
 
 
-def _below(events: list) -> list:
-    return events + [e for event in events for e in _below(event.cpu_children)]
+def _add_kernels(event: FunctionEvent, times: Counter, calls: int) -> None:
+    for kernel in event.kernels:
+        times[kernel.name] += kernel.duration / calls
+    for child in event.cpu_children:
+        _add_kernels(child, times, calls)
 
 
 def copy_rate(numel: int, dtype: torch.dtype, device: str) -> float:
@@ -150,11 +151,12 @@ def layers(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
     config = DecoderConfig(dim=dim, heads=dim // 128, kv_heads=dim // 128, head_dim=128, mlp_dim=dim * 11 // 4)
     block = PositionedBlock(config).to(device, dtype)
-    x = torch.randn(batch, length, dim, device=device).to(dtype)
+    before = torch.randn(batch, length, dim, device=device).to(dtype)
     gate, positions = (
         torch.rand(batch, length, device=device),
         torch.arange(length, device=device).expand(batch, length),
     )
+    x = block(before, positions)
     dense = call_ms(lambda: block(x, positions), device, 5)
 
     made = {
@@ -163,24 +165,25 @@ def layers(device: str) -> list[dict]:
         "stt layer, student": SubjectiveTimescaleLayer(block, dim),
     }
     made = {name: layer.to(device, dtype) for name, layer in made.items()}
+    for name in ("mod layer", "stt layer, student"):
+        made[name].router.float()  # as under autocast
     student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
-        student.calibrate(student.router(x), student.top_k(student.router(x))[1])
+        student.top_k(student.router(x), calibrates=True)
     student.eval().trim = True
 
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
     for name, layer in made.items():
-        call = partial(layer, x, gate) if name == "dynamic layer" else partial(layer, x)
-        time = call_ms(call, device, 5)
+        rest = (gate,) if name == "dynamic layer" else ()
+        time = call_ms(partial(layer, x, *rest), device, 5)
         rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time})
         if device == "cuda":
-            layer.block = Marked(block)
-            kernels = kernels_us(call)
-            total, inside = sum(kernels.values()), kernels.pop("block")
-            rows[-1] |= {"routing share": 1 - inside / total}
-            print(f"{name}: {total:.1f} us, {inside:.1f} of them in its block, around it:")
-            for kernel in sorted(kernels, key=kernels.__getitem__, reverse=True):
-                print(f"  {kernels[kernel]:7.1f}  {kernel[:110]}")
+            layer.block, marked = Marked("block", block), Marked("layer", layer)
+            whole, inside = kernels_us(lambda: marked(block(before, positions), *rest), "layer", "block")  # noqa: B023
+            around = whole - inside
+            rows[-1]["routing share"] = around.total() / whole.total()
+            print(f"{name}: kernels of {whole.total():.1f} us, {inside.total():.1f} of them in its block, around it:")
+            print("\n".join(f"  {us:7.1f}  {kernel[:110]}" for kernel, us in around.most_common() if us > 0.05))
     return rows
 
 

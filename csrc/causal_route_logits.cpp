@@ -92,14 +92,12 @@ Tensor causal_route_logits(const Tensor& x, const Tensor& weight, const std::opt
     return logits;
   }
   const int device = x.get_device_index();
-  const Kernel& kernel = kForward.find(device, {dtype_constant(x)});
-  const int64_t rows = p.B * p.T, programs = (rows + kernel["ROWS"] - 1) / kernel["ROWS"];
-  launch(kernel, device, current_cuda_stream(device), {static_cast<unsigned>(programs), 1, 1},
+  launch(kForward.find(device, {dtype_constant(x)}), device, current_cuda_stream(device),
+         {static_cast<unsigned>(p.B * p.T), 1, 1},
          {{"x_ptr", p.x.const_data_ptr()},
           {"weight_ptr", p.weight.const_data_ptr()},
           {"prev_ptr", p.has_prev ? p.prev.const_data_ptr() : nullptr},
           {"logits_ptr", logits.const_data_ptr()},
-          {"rows", static_cast<int32_t>(rows)},
           {"length", static_cast<int32_t>(p.T)},
           {"dim", static_cast<int32_t>(p.D)},
           {"dim_before", p.dim_before()},

@@ -45,6 +45,36 @@ def topk_route(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return torch.ops.simplex.topk_route(scores, k)
 
 
+def topk_route_calibrate_(scores: Tensor, k: int, threshold: Tensor, calibrations: Tensor) -> tuple[Tensor, Tensor]:
+    """`topk_route`, which also moves a threshold, in place, towards the lowest chosen scores, their mean over the batch::
+
+        calibrations += 1
+        threshold    += max(1 / calibrations, 0.02) * (mean_b min_t(scores[b, t] where mask[b, t]) - threshold)
+
+    At first that is the plain average of what it has seen, later an exponential one, so that `threshold_route` with it takes
+    about the share of the tokens that training takes. Where the mean is not finite (NaN counts as -inf) the threshold
+    stays. Nothing waits for the device.
+
+    Args:
+        scores, k: as those of `topk_route`.
+        threshold, calibrations: float32 without dimensions, on the device of the scores.
+
+    Returns:
+        idx, mask: as `topk_route` does.
+
+    Raises:
+        RuntimeError: a rank, shape, dtype, device or k that is not as above.
+
+    >>> threshold, calibrations = torch.zeros(()), torch.zeros(())
+    >>> topk_route_calibrate_(torch.tensor([[0.1, 0.7, 0.6, 0.9]]), 2, threshold, calibrations)[0]
+    tensor([[1, 3]], dtype=torch.int32)
+    >>> threshold
+    tensor(0.7000)
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        return torch.ops.simplex.topk_route_calibrate_(scores.detach(), k, threshold, calibrations)
+
+
 def threshold_route(scores: Tensor, threshold: float, cap: int) -> tuple[Tensor, Tensor]:
     """The first `cap` tokens of each sequence with score >= threshold, in the order of time.
 
@@ -145,43 +175,31 @@ def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = No
         return torch.ops.simplex.route_replace(base, y, idx, gate)
 
 
-def route_calibrate_(threshold: Tensor, calibrations: Tensor, scores: Tensor, mask: Tensor) -> None:
-    """Moves a threshold, in place, towards the lowest chosen score of each sequence, their mean over the batch::
-
-        calibrations += 1
-        threshold    += max(1 / calibrations, 0.02) * (mean_b min_t(scores[b, t] where mask[b, t]) - threshold)
-
-    At first that is the plain average of what it has seen, later an exponential one, so that `threshold_route` with it takes
-    about the share of the tokens that `topk_route` took. Where the mean is not finite (NaN counts as -inf) the threshold
-    stays. Nothing waits for the device.
-
-    Args:
-        threshold, calibrations: float32 without dimensions.
-        scores: [batch, length], float32 (or float64 on the CPU); may be strided.
-        mask: [batch, length] bool, as `topk_route` returns it.
-
-    Raises:
-        RuntimeError: a rank, shape, dtype or device that is not as above.
-
-    >>> threshold, calibrations = torch.zeros(()), torch.zeros(())
-    >>> scores = torch.tensor([[0.1, 0.7, 0.6, 0.9]])
-    >>> route_calibrate_(threshold, calibrations, scores, topk_route(scores, 2)[1])
-    >>> threshold
-    tensor(0.7000)
-    """
-    torch.ops.simplex.route_calibrate_(threshold, calibrations, scores.detach(), mask)
-
-
 # The fakes: the checks and texts of csrc/routing.cpp, on sizes that may be symbols.
 
 
 @torch.library.register_fake("simplex::topk_route")
 def _topk_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check_scores("topk_route", scores)
+    return _chosen("topk_route", scores, k)
+
+
+@torch.library.register_fake("simplex::topk_route_calibrate_")
+def _topk_calibrate_fake(scores: Tensor, k: int, threshold: Tensor, calibrations: Tensor) -> tuple[Tensor, Tensor]:
+    op = "topk_route_calibrate_"
+    _check_scores(op, scores)
+    for name, x in (("threshold", threshold), ("calibrations", calibrations)):
+        expect_sizes(op, name, x, (), "one number")
+        expect_dtype(op, name, x, torch.float32)
+        expect_device(op, name, x, "scores", scores)
+    return _chosen(op, scores, k)
+
+
+def _chosen(op: str, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch, length = scores.shape
     # A symbolic k waits for the kernel: that length // 2 is at most length is a guard which torch.export cannot state.
     for condition in (k >= 1, k <= length) if isinstance(k, int) else ():
-        expect("topk_route", condition, f"k to be from 1 to the length of scores ({length}), got {k}")
+        expect(op, condition, f"k to be from 1 to the length of scores ({length}), got {k}")
     return scores.new_empty((batch, k), dtype=torch.int32), scores.new_empty((batch, length), dtype=torch.bool)
 
 
@@ -195,19 +213,6 @@ def _threshold_fake(scores: Tensor, threshold: float, cap: int) -> tuple[Tensor,
     expect(op, not isinstance(cap, int) or cap < 2**31, f"cap to be below 2^31, got {cap}")
     batch = scores.shape[0]
     return scores.new_empty((batch, cap), dtype=torch.int32), scores.new_empty((batch,), dtype=torch.int32)
-
-
-@torch.library.register_fake("simplex::route_calibrate_")
-def _calibrate_fake(threshold: Tensor, calibrations: Tensor, scores: Tensor, mask: Tensor) -> None:
-    op = "route_calibrate_"
-    _check_scores(op, scores)
-    expect_sizes(op, "mask", mask, tuple(scores.shape), "that of scores")
-    expect_dtype(op, "mask", mask, torch.bool)
-    expect_device(op, "mask", mask, "scores", scores)
-    for name, x in (("threshold", threshold), ("calibrations", calibrations)):
-        expect_sizes(op, name, x, (), "one number")
-        expect_dtype(op, name, x, torch.float32)
-        expect_device(op, name, x, "scores", scores)
 
 
 def _check_scores(op: str, scores: Tensor) -> None:
@@ -336,7 +341,7 @@ def _replace_backward_flops(
     return (0 if gate is None else 5) * math.prod(y)
 
 
-for _op in ("topk_route", "threshold_route", "route_calibrate_", "route_gather", "route_gather_backward"):
+for _op in ("topk_route", "topk_route_calibrate_", "threshold_route", "route_gather", "route_gather_backward"):
     register_flops(getattr(torch.ops.simplex, _op), _no_flops)
 register_flops(torch.ops.simplex.route_scatter_add, _update_flops)
 register_flops(torch.ops.simplex.route_scatter_add_backward, _update_backward_flops)

@@ -54,16 +54,18 @@ def check_gate(batch, length, dim, window, dtype=torch.float32):
 def check_choice(scores, k, cap, threshold):
     batch, length = scores.shape
     idx, mask = torch.full((batch, k), -9, dtype=torch.int32), torch.full((batch, length), 9, dtype=torch.int8)
-    routing.route_topk[(batch,)](scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, length=length, k=k, BLOCK=16)
+    lowest = torch.full((batch,), NAN)
+    routing.route_topk[(batch,)](
+        scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, lowest_ptr=lowest, length=length, k=k, has_lowest=1, BLOCK=16
+    )
     expected_idx, expected_mask = reference.topk_route(scores, k)
     assert torch.equal(idx, expected_idx), (scores, idx, expected_idx)
     assert torch.equal(mask, expected_mask.to(torch.int8))
     numbers = torch.tensor([0.5]), torch.tensor([2.0])
-    truth = reference.route_calibrate(*numbers, scores, expected_mask)
+    truth = reference.topk_route_calibrate(scores, k, *numbers)[2:]
     routing.route_calibrate[(1,)](
-        threshold_ptr=numbers[0], calibrations_ptr=numbers[1], scores_ptr=scores, mask_ptr=mask, batch=batch, length=length,
-        ROWS=2, BLOCK=16,
-    )  # fmt: skip
+        threshold_ptr=numbers[0], calibrations_ptr=numbers[1], lowest_ptr=lowest, batch=batch, BLOCK=1
+    )
     torch.testing.assert_close(numbers, truth)
     idx, count = torch.full((batch, cap), -9, dtype=torch.int32), torch.full((batch,), -9, dtype=torch.int32)
     routing.route_threshold[(batch,)](
@@ -133,9 +135,7 @@ def check_logits(dtype, looks_back, with_prev):
         "has_prev": int(with_prev),
     }
     logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, len(weight)), NAN)
-    causal_route_logits.causal_route_logits_fwd[(6,)](
-        **shared, logits_ptr=logits, rows=batch * length, ROWS=4, BLOCK_D=16
-    )
+    causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
     grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
     causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
         **shared,

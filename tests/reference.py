@@ -104,6 +104,14 @@ def topk_route(scores, k):
     return idx, mask.scatter(1, idx.long(), True)
 
 
+def topk_route_calibrate(scores, k, threshold, calibrations):
+    """Of topk_route idx and mask; then the threshold and the number of calibrations after one more."""
+    idx, mask = topk_route(scores, k)
+    lowest = torch.where(mask, scores, torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf).amin(1).mean()
+    moved = threshold + (1 / (calibrations + 1)).clamp(min=0.02) * (lowest - threshold)
+    return idx, mask, torch.where(lowest.isfinite(), moved, threshold).to(threshold.dtype), calibrations + 1
+
+
 def threshold_route(scores, threshold, cap):
     """The first `cap` indices of each row with scores >= threshold, then -1; and how many there are."""
     idx = torch.full((scores.shape[0], cap), -1, dtype=torch.int32, device=scores.device)
@@ -113,13 +121,6 @@ def threshold_route(scores, threshold, cap):
         idx[row, : len(chosen)] = chosen.to(torch.int32)
         count[row] = len(chosen)
     return idx, count
-
-
-def route_calibrate(threshold, calibrations, scores, mask):
-    """The threshold and the number of calibrations after one more."""
-    lowest = torch.where(mask, scores, torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf).amin(1).mean()
-    moved = threshold + (1 / (calibrations + 1)).clamp(min=0.02) * (lowest - threshold)
-    return torch.where(lowest.isfinite(), moved, threshold).to(threshold.dtype), calibrations + 1
 
 
 def route_gather(x, idx):

@@ -72,8 +72,8 @@ def routing(dtype, dims):
         numbers = [torch.tensor(p, device="cuda", requires_grad=True) for p in (0.55, 0.44, 1.025, 1.1)]
         gate = simplex_ops.surprise_gate(*rows, *numbers)[0]
         differentiate([gate], [*rows, *numbers])
-        idx, mask = simplex_ops.topk_route(gate.detach(), (length + 1) // 2)
-        simplex_ops.route_calibrate_(*torch.zeros(2, device="cuda").unbind(), gate, mask)
+        idx, _ = simplex_ops.topk_route(gate.detach(), (length + 1) // 2)
+        simplex_ops.topk_route_calibrate_(gate, length, *torch.zeros(2, device="cuda").unbind())
         simplex_ops.threshold_route(gate.detach(), 0.75, length)
         for put_back, of in ((simplex_ops.route_scatter_add, idx), (simplex_ops.route_replace, gate)):
             y, weights = simplex_ops.route_gather(rows[0], idx), torch.rand(of.shape, device="cuda", requires_grad=True)

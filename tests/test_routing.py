@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import simplex_ops
 from simplex_ops import (
-    route_calibrate_,
     route_gather,
     route_replace,
     route_scatter_add,
     threshold_route,
     topk_route,
+    topk_route_calibrate_,
 )
 
 ops = torch.ops.simplex
@@ -120,20 +120,20 @@ def test_threshold_is_causal(device):
 @pytest.mark.parametrize("kind", SCORES)
 def test_calibration(device, kind):
     """From the first one, the plain average, to the moving one; what is not finite counts but moves nothing."""
-    for batch, length, k in ((1, 1, 1), (3, 100, 30), (9, 5000, 2500)):
+    for batch, length, k in ((1, 1, 1), (3, 100, 30), (200, 4096, 2048), (9, 5000, 2500)):
         threshold, calibrations = torch.tensor(0.3, device=device), torch.zeros((), device=device)
         for _ in range(3):
             scores = SCORES[kind](batch, length).to(device)
-            mask = topk_route(scores, k)[1]
-            truth = reference.route_calibrate(threshold.double(), calibrations, scores.double(), mask)
-            route_calibrate_(threshold, calibrations, scores, mask)
-            torch.testing.assert_close(threshold.double(), truth[0], rtol=1e-5, atol=1e-6)
-            assert calibrations == truth[1]
-    strided = torch.randn(6, 4, device=device)
+            truth = reference.topk_route_calibrate(scores.double(), k, threshold.double(), calibrations)
+            actual = (*topk_route_calibrate_(scores, k, threshold, calibrations), threshold, calibrations)
+            assert all(torch.equal(a, t) for a, t in zip(actual[:2], truth[:2], strict=True))
+            torch.testing.assert_close(threshold.double(), truth[2], rtol=1e-5, atol=1e-6)
+            assert calibrations == truth[3]
+    strided = torch.randn(6, 4, device=device).t()
     calibrations.fill_(1000)
-    route_calibrate_(threshold.fill_(0), calibrations, strided.t(), (strided > -9).t())
-    assert threshold.item() == pytest.approx(0.02 * strided.amin(0).mean().item(), rel=1e-5)
-    route_calibrate_(threshold, calibrations, strided[:0], strided[:0] > 0)
+    topk_route_calibrate_(strided, 6, threshold.fill_(0), calibrations)
+    assert threshold.item() == pytest.approx(0.02 * strided.amin(1).mean().item(), rel=1e-5)
+    topk_route_calibrate_(strided[:0], 2, threshold, calibrations)
     assert calibrations == 1001
 
 
@@ -231,7 +231,7 @@ def test_opcheck(device, requires_grad):
     torch.library.opcheck(ops.route_scatter_add_backward.default, (base, y, idx))
     torch.library.opcheck(ops.route_replace_backward.default, (base, base, y, idx, gate))
     numbers = torch.tensor([0.5, 3.0], device=device).unbind()
-    torch.library.opcheck(ops.route_calibrate_.default, (*numbers, gate, gate > 0.5))
+    torch.library.opcheck(ops.topk_route_calibrate_.default, (gate, 4, *numbers))
     base, y, gate = (x.requires_grad_(requires_grad) for x in (base, y, gate))
     torch.library.opcheck(ops.route_gather.default, (base, idx))
     torch.library.opcheck(ops.route_scatter_add.default, (base, y, idx, gate[:, :3]))
@@ -312,7 +312,7 @@ GOOD = {
     "route_scatter_add_backward": {"grad_out": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 3)},
     "route_replace": {"base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 5)},
     "route_replace_backward": {"grad_out": (2, 5, 8), "base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 5)},
-    "route_calibrate_": {"threshold": (), "calibrations": (), "scores": (2, 5), "mask": (2, 5)},
+    "topk_route_calibrate_": {"scores": (2, 5), "k": 3, "threshold": (), "calibrations": ()},
 }
 BAD = [
     ("topk_route", {"scores": (5,)}, "scores to be 2-dimensional [batch, length], got 1 dimensions"),
@@ -339,11 +339,10 @@ BAD = [
     ("route_scatter_add_backward", {"y": (2, 4, 8)}, "y to have shape [2, 3, 8] (batch, slots of idx, dim), got [2, 4, 8]"),
     ("route_replace", {"y": (2, 3, 9)}, "y to have shape [2, 3, 8] (batch, slots of idx, dim), got [2, 3, 9]"),
     ("route_replace", {"gate": (2, 3)}, "gate to have shape [2, 5] (batch, length), got [2, 3]"),
-    ("route_calibrate_", {"scores": (5,)}, "scores to be 2-dimensional [batch, length], got 1 dimensions"),
-    ("route_calibrate_", {"mask": (2, 4)}, "mask to have shape [2, 5] (that of scores), got [2, 4]"),
-    ("route_calibrate_", {"mask": torch.int32}, "mask to have dtype Bool, got Int"),
-    ("route_calibrate_", {"threshold": (1,)}, "threshold to have shape [] (one number), got [1]"),
-    ("route_calibrate_", {"calibrations": torch.float16}, "calibrations to have dtype Float, got Half"),
+    ("topk_route_calibrate_", {"scores": (5,)}, "scores to be 2-dimensional [batch, length], got 1 dimensions"),
+    ("topk_route_calibrate_", {"k": 6}, "k to be from 1 to the length of scores (5), got 6"),
+    ("topk_route_calibrate_", {"threshold": (1,)}, "threshold to have shape [] (one number), got [1]"),
+    ("topk_route_calibrate_", {"calibrations": torch.float16}, "calibrations to have dtype Float, got Half"),
     ("route_replace_backward", {"base": (2, 6, 8)}, "base to have shape [2, 5, 8] (that of grad_out), got [2, 6, 8]"),
     ("route_replace_backward", {"base": torch.float16}, "base to have the dtype of grad_out (Float), got Half"),
 ]  # fmt: skip
@@ -357,7 +356,7 @@ def test_bad_input(place, op, changes, error):
         for name, value in given.items():
             if isinstance(value, tuple):
                 change = changes.get(name)
-                dtype = {"idx": torch.int32, "mask": torch.bool}.get(name, torch.float32)
+                dtype = torch.int32 if name == "idx" else torch.float32
                 dtype = change if isinstance(change, torch.dtype) else dtype
                 shape = change if isinstance(change, tuple) else value
                 given[name] = torch.zeros(shape, dtype=dtype, device=place.split()[-1])

@@ -1,8 +1,9 @@
 """The causal router's logits (arXiv 2511.21408): portable Triton kernels, forward and backward.
 
-Forward is a program per few tokens, which share the weight; each reads its row and the one before it (the second from the cache,
-since its neighbour just read it), or its row only where dim_before, the columns of the row before that count, is 0. Backward is a
-program per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
+Forward is a program per token, which reads its row and the one before it (the second from the cache, since its neighbour just
+read it), or its row only where dim_before, the columns of the row before that count, is 0. It goes from the last row to the first:
+the L2 still holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program
+per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
 """
 
 import itertools
@@ -16,25 +17,29 @@ from triton_kernels.variant import Variant
 @triton.jit
 def causal_route_logits_fwd(
     x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16", logits_ptr: "*fp32:16",
-    rows: "i32", length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
+    BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    of_x = (row.to(tl.int64) * dim)[:, None]
-    of_prev = ((row // length).to(tl.int64) * dim)[:, None]
-    present = (row < rows)[:, None]
-    # The row before is in one of two places, or in none.
-    inner = ((row < rows) & (row % length != 0))[:, None]
-    first = ((row < rows) & (tl.where(has_prev != 0, row % length, 1) == 0))[:, None]
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        x = tl.load(x_ptr + of_x + d, mask=present & (d < dim), other=0.0).to(tl.float32)
-        before = tl.load(x_ptr + of_x - dim + d, mask=inner & (d < dim_before), other=0.0).to(tl.float32)
-        before += tl.load(prev_ptr + of_prev + d, mask=first & (d < dim_before), other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
-        total += before * tl.load(weight_ptr + dim + d, mask=d < dim_before, other=0.0)
-    tl.store(logits_ptr + row, tl.sum(total, 1), mask=row < rows)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    if dim_before == 0:
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+            total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
+    else:
+        # How many elements there are to read of the row before: none of at least one of its two places.
+        of_x = tl.where(row % length == 0, 0, dim)
+        of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = d < dim
+            x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
+            before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
+            before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
+            total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
+            total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
+    tl.store(logits_ptr + row, tl.sum(total))
 
 
 @triton.jit
@@ -72,12 +77,13 @@ def causal_route_logits_bwd(
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
-# Forward on the H100, 8 x 4096 x 2048 bf16, of a copy's bandwidth (BLOCK_D, warps): (512, 2) 0.88, (1024, 2) 0.82, (1024, 4) 0.81,
-# (512, 4) 0.72, (2048, 8) 0.66. Backward: not measured.
+# Forward on the H100, 8 x 4096 x 2048 bf16, behind a kernel that writes x, us without and with a row before: (512, 2) 43 and 51,
+# (1024, 2) 43 and 55, (512, 1) 44 and 54, (256, 1) 48 and 53; tiles of 2 and 4 rows with 1 warp 43 and 50, with more up to 52 and 68;
+# unrolled loops are no faster. Without the branch for a row alone that took 58. Backward: not measured.
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):
-        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"ROWS": 4, "BLOCK_D": 512, "num_warps": 4}))
+        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"BLOCK_D": 512, "num_warps": 2}))
         tile = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
         table.append(Variant(causal_route_logits_bwd, arch, {"dtype": dtype}, tile))
     return table

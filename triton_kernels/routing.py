@@ -5,8 +5,9 @@ of the scores that sorts as they do, by counting the scores at or above a candid
 in registers meanwhile, and each round settles two bits. What reaches the threshold is then written in the order of time, ties
 from the left.
 
-The moves read and write every row once, a few rows a program, from the last row to the first: whatever wrote or read the rows
-before them ended with the last ones, which the L2 still holds. Adding back goes by the rows of the result: `route_slots` leaves
+The moves read and write every row once. Gathering goes from the first row to the last, because what made the scores came from the
+other end, and adding back from the last to the first, because the block ended with the last: each finds in the L2 what was just
+there. Adding back goes by the rows of the result: `route_slots` leaves
 for each row which slot it takes, so that untouched rows are copied on the way. An index outside [0, length) moves nothing, so
 that none corrupts memory.
 """
@@ -43,17 +44,22 @@ def _count_from(scores_ptr, least, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kth_of_block(image, k):
-    """The k-th largest image, two bits a round: three counts of at most 2^21, packed, take one sum."""
-    least = tl.full([], -2147483648, tl.int64)
-    for i in range(0, 16):
-        step = tl.full([], 1, tl.int64) << (30 - 2 * i)
-        reach_1 = (image >= (least + step).to(tl.int32)).to(tl.int64)
-        reach_2 = (image >= (least + 2 * step).to(tl.int32)).to(tl.int64)
-        reach_3 = (image >= (least + 3 * step).to(tl.int32)).to(tl.int64)
-        counts = tl.sum(reach_1 + (reach_2 << 21) + (reach_3 << 42))
-        digit = ((counts & 0x1FFFFF) >= k).to(tl.int64) + (((counts >> 21) & 0x1FFFFF) >= k).to(tl.int64)
-        least += step * (digit + ((counts >> 42) >= k).to(tl.int64))
-    return least.to(tl.int32)
+    """The k-th largest image, or a lower number that no more images reach: two bits a round by three counts, of which the first
+    two, of at most 2^15, share a sum."""
+    least = tl.full([], -2147483648, tl.int32)
+    reaching = tl.sum((image >= least).to(tl.int32))
+    shift = tl.full([], 30, tl.int32)
+    while (shift >= 0) & (reaching != k):
+        step = tl.full([], 1, tl.int32) << shift
+        two = least + step + step
+        counts = tl.sum(tl.where(image >= two, 65537, tl.where(image >= least + step, 1, 0)))
+        of_1 = counts & 0xFFFF
+        of_2 = counts >> 16
+        of_3 = tl.sum((image >= two + step).to(tl.int32))
+        reaching = tl.where(of_3 >= k, of_3, tl.where(of_2 >= k, of_2, tl.where(of_1 >= k, of_1, reaching)))
+        least += step * ((of_1 >= k).to(tl.int32) + (of_2 >= k).to(tl.int32) + (of_3 >= k).to(tl.int32))
+        shift -= 2
+    return least
 
 
 @triton.jit
@@ -85,9 +91,10 @@ def _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length):
 
 @triton.jit
 def route_topk(
-    scores_ptr: "*fp32:16", idx_ptr: "*i32:16", mask_ptr: "*i8:16", length: "i32", k: "i32",
-    BLOCK: tl.constexpr,
+    scores_ptr: "*fp32:16", idx_ptr: "*i32:16", mask_ptr: "*i8:16", lowest_ptr: "*fp32:16", length: "i32", k: "i32",
+    has_lowest: "i32", BLOCK: tl.constexpr,
 ):
+    """lowest: the k-th score of each sequence, for `route_calibrate`."""
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * length
     idx_ptr += row * k
@@ -100,6 +107,7 @@ def route_topk(
         bar = _kth_of_block(image, k)
         ties_wanted = k - tl.sum((image > bar).to(tl.int32))
         _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
+        kth = tl.min(tl.where((image >= bar) & (t < length), image, 2147483647))
     else:
         bar = _kth(scores_ptr, length, k, BLOCK)
         # No score's image is the largest int32 (that would be a NaN), so bar + 1 fits.
@@ -108,6 +116,9 @@ def route_topk(
             t = start + tl.arange(0, BLOCK)
             image = _load_images(scores_ptr, t, length)
             ties, placed = _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
+        kth = bar
+    if has_lowest != 0:
+        tl.store(lowest_ptr + row, (kth ^ ((kth >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -133,23 +144,13 @@ def route_threshold(
 
 @triton.jit
 def route_calibrate(
-    threshold_ptr: "*fp32", calibrations_ptr: "*fp32", scores_ptr: "*fp32:16", mask_ptr: "*i8:16", batch: "i32", length: "i32",
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    threshold_ptr: "*fp32", calibrations_ptr: "*fp32", lowest_ptr: "*fp32:16", batch: "i32",
+    BLOCK: tl.constexpr,
 ):
-    """One program: the scores of a batch are few."""
     total = tl.zeros([], tl.float32)
-    for first in range(0, batch, ROWS):
-        row = first + tl.arange(0, ROWS)
-        lowest = tl.full([ROWS, BLOCK], float("inf"), tl.float32)
-        for start in range(0, length, BLOCK):
-            t = start + tl.arange(0, BLOCK)[None, :]
-            at = row.to(tl.int64)[:, None] * length + t
-            inside = (row < batch)[:, None] & (t < length)
-            score = tl.load(scores_ptr + at, mask=inside, other=0.0)
-            chosen = tl.load(mask_ptr + at, mask=inside, other=0)
-            score = tl.where(score != score, float("-inf"), score)
-            lowest = tl.where(chosen != 0, tl.minimum(lowest, score), lowest)
-        total += tl.sum(tl.where(row < batch, tl.min(lowest, 1), 0.0))
+    for start in range(0, batch, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(lowest_ptr + row, mask=row < batch, other=0.0))
     lowest = total / batch
     calibrations = tl.load(calibrations_ptr) + 1
     tl.store(calibrations_ptr, calibrations)
@@ -159,18 +160,12 @@ def route_calibrate(
 
 
 @triton.jit
-def _last_first(ITEMS: tl.constexpr):
-    """This program's items, from the end."""
-    return (tl.num_programs(0) - 1 - tl.program_id(0)) * ITEMS + tl.arange(0, ITEMS)
-
-
-@triton.jit
 def route_gather_rows(
     from_ptr: "*dtype:16", idx_ptr: "*i32:16", to_ptr: "*dtype:16", length: "i32", slots: "i32", total: "i32", dim: "i32:8",
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """total: the slots of all sequences."""
-    slot = _last_first(ROWS)
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.load(idx_ptr + slot, mask=slot < total, other=-1)
     row = (slot // slots).to(tl.int64) * length + t
     present = ((t >= 0) & (t < length))[:, None]
@@ -201,7 +196,7 @@ def route_scatter_add_rows(
 ):
     """rows: of all sequences. Adds y to the base, or puts it in its place; without a base, in the place of zeros. The gate is
     one number for each slot, and for each row where y replaces."""
-    row = _last_first(ROWS)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_of_ptr + row, mask=row < rows, other=-1)
     of_gate = tl.where(replaces != 0, row, slot)
     gate = tl.load(gate_ptr + of_gate, mask=tl.where(has_gate != 0, slot, -1) >= 0, other=1.0)[:, None]
@@ -254,17 +249,18 @@ def route_scatter_add_bwd(
         tl.store(grad_gate_ptr + of_gate, tl.sum(dot), mask=tl.where(replaces != 0, present, 1) > 0)
 
 
-# On the H100, 8 x 4096 x 2048 bf16, half of the tokens, 13 tiles of 1 to 16 rows gather in 48 to 52 us and add back in 113 to 127,
-# but for 8 rows with 16 warps (148). Scores of 64 x 4096 tokens: 12 us with 4 or 8 warps, 14 with 16, 18 with 32.
+# On the H100, 8 x 4096 x 2048 bf16, half of the tokens, tiles of 1 to 4 rows gather in 47 to 48 us behind the kernel of the logits, in
+# 49 to 50 from the other end, and add back in 110 to 113 (16 rows: 127). Scores of 8 x 4096 tokens: 10.0 us with 4 warps, 10.6 with 8,
+# 12 with 16; 11.7 with three counts in one int64, 14.1 by 3 bits a round, 14.0 by histograms of 8 bits.
 def _variants() -> list[Variant]:
     table = []
     for arch in ("sm80", "sm90a", "sm100f", "sm120f"):
-        for kernel in (route_topk, route_threshold):
-            table.append(Variant(kernel, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
+        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "num_warps": 4}))
+        table.append(Variant(route_threshold, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_slots, arch, {}, {"BLOCK": 1024, "num_warps": 4}))
-        table.append(Variant(route_calibrate, arch, {}, {"ROWS": 8, "BLOCK": 2048, "num_warps": 16}))
+        table.append(Variant(route_calibrate, arch, {}, {"BLOCK": 128, "num_warps": 1}))
         for dtype in ("bf16", "fp16", "fp32"):
-            rows = {"ROWS": 4, "BLOCK_D": 512 if dtype == "fp32" else 1024, "num_warps": 8}
+            rows = {"ROWS": 1, "BLOCK_D": 1024 if dtype == "fp32" else 2048, "num_warps": 4}
             if dtype != "bf16":  # a plain move takes fp16 for all that is two bytes wide
                 table.append(Variant(route_gather_rows, arch, {"dtype": dtype}, rows))
             table.append(Variant(route_scatter_add_rows, arch, {"dtype": dtype}, rows))

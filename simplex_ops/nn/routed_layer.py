@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simplex_ops.nn.keeps_dtype import KeepsDtype
-from simplex_ops.routing import route_calibrate_, route_gather, route_replace, threshold_route, topk_route
+from simplex_ops.routing import route_gather, route_replace, threshold_route, topk_route, topk_route_calibrate_
 
 
 class Reports(nn.Module):
@@ -65,13 +65,12 @@ class RoutedLayer(Reports, KeepsDtype):
         that `capacity` is. A token that finds the cache of its text full is skipped."""
         return self.block.new_cache(batch, slots_of(max_length, self.capacity) if slots is None else slots)  # type: ignore[operator]
 
-    def top_k(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(idx, mask) of the tokens that training routes."""
-        return topk_route(scores.detach(), slots_of(scores.shape[1], self.capacity))
-
-    def calibrate(self, scores: Tensor, mask: Tensor) -> None:
-        """Moves the threshold towards the lowest chosen score of each sequence."""
-        route_calibrate_(self.threshold, self.calibrations, scores, mask)
+    def top_k(self, scores: Tensor, calibrates: bool = False) -> tuple[Tensor, Tensor]:
+        """(idx, mask) of the tokens that training routes. `calibrates`: moves the threshold towards their lowest score."""
+        k = slots_of(scores.shape[1], self.capacity)
+        if calibrates:
+            return topk_route_calibrate_(scores, k, self.threshold, self.calibrations)
+        return topk_route(scores.detach(), k)
 
     def by_threshold(
         self, scores: Tensor, positions: Tensor | None, cache: list[Tensor] | None = None
@@ -123,8 +122,7 @@ class RoutedLayer(Reports, KeepsDtype):
     ) -> Tensor:
         """Routes by scores [batch, length], and weighs the block's update by a gate of that shape."""
         if self.training and cache is None:
-            idx, mask = self.top_k(scores)
-            self.calibrate(scores, mask)
+            idx, mask = self.top_k(scores, calibrates=True)
         else:
             idx, mask = self.by_threshold(scores, positions, cache)
         self.tell(mask=mask, gate=gate, **report)

@@ -90,7 +90,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         idx, mask = self.top_k(g)
         logits = self.router(x.detach())
         # The student's own threshold: where it routes as many as the teacher does.
-        self.calibrate(logits, self.top_k(logits)[1])
+        self.top_k(logits, calibrates=True)
         self.tell(
             mask=mask,
             gate=g,
