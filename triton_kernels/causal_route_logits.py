@@ -23,7 +23,8 @@ def causal_route_logits_fwd(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     total = tl.zeros([BLOCK_D], tl.float32)
     if dim_before == 0:
-        for start in range(0, dim, BLOCK_D):
+        # Unrolled, a thread waits for several loads at once; with the row before it runs out of registers.
+        for start in tl.range(0, dim, BLOCK_D, loop_unroll_factor=4):
             d = start + tl.arange(0, BLOCK_D)
             x = tl.load(x_ptr + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
             total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
