@@ -4,19 +4,23 @@
 
 "of copy" is the op's bytes per second, every byte that it must read or write counted once, over those of torch's copy_.
 The layers are forward passes of one block, dense and routed at capacity 0.5, routing included; "routing share" is what the
-kernels of the same layer take around a block that does nothing, over what those of the layer take. Calls follow each other
-without a wait, as in a model. KV bytes are what torch's allocator counts on CUDA. Less than 60 s on an H100.
+kernels that a layer runs around its block take, over what all of its kernels take, in the same passes, each on what a dense
+block has just made. Calls follow each other without a wait, as in a model. KV bytes are what torch's allocator counts on
+CUDA. Less than 60 s on an H100.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from common import RESULTS, median_ms, write
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 import simplex_ops
@@ -41,16 +45,37 @@ def call_ms(function: Callable[[], object], device: str, calls: int = 10) -> flo
     return median_ms(several, device) / calls
 
 
-def kernels_ms(function: Callable[[], object], device: str, calls: int = 5) -> float:
-    """What the kernels of a call take, without the gaps between them."""
-    if device == "cpu":
-        return call_ms(function, device)
-    function()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+class Marked(torch.nn.Module):
+    """What the profiler knows by a name."""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.name, self.module = name, module
+
+    def forward(self, *args: object) -> torch.Tensor:
+        with record_function(self.name):
+            return self.module(*args)
+
+
+def kernels_us(step: Callable[[], object], *names: str, calls: int = 10) -> list[Counter]:
+    """What the kernels that ran within `Marked` modules of these names take in a step, by the kernel's name."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
-            function()
+            step()
         torch.cuda.synchronize()
-    return sum(row.self_device_time_total for row in profiler.key_averages()) / 1e3 / calls
+    found = [Counter() for _ in names]
+    for event in profiler.events():
+        if event.device_type == DeviceType.CPU and event.name in names:
+            _add_kernels(event, found[names.index(event.name)], calls)
+    return found
+
+
+def _add_kernels(event: FunctionEvent, times: Counter, calls: int) -> None:
+    for kernel in event.kernels:
+        times[kernel.name] += kernel.duration / calls
+    for child in event.cpu_children:
+        _add_kernels(child, times, calls)
 
 
 def copy_rate(numel: int, dtype: torch.dtype, device: str) -> float:
@@ -72,11 +97,12 @@ def moves(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
     x = torch.randn(batch, length, dim, device=device).to(dtype)
     idx, _ = simplex_ops.topk_route(torch.rand(batch, length, device=device), length // 2)
-    y, gate = simplex_ops.route_gather(x, idx), torch.rand(batch, length // 2, device=device)
+    y, gate = simplex_ops.route_gather(x, idx), torch.rand(batch, length, device=device)
+    of_slots = gate[:, : length // 2].contiguous()
     rate = copy_rate(x.numel(), dtype, device)
     calls = {
         "route_gather": (lambda: simplex_ops.route_gather(x, idx), 2 * y.nbytes),
-        "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
+        "route_scatter_add": (lambda: simplex_ops.route_scatter_add(x, y, idx, of_slots), 2 * x.nbytes + y.nbytes),
         "route_replace": (lambda: simplex_ops.route_replace(x, y, idx, gate), 2 * x.nbytes + y.nbytes),
     }
     times = {name: call_ms(call, device) for name, (call, _) in calls.items()}
@@ -120,21 +146,17 @@ def append(device: str) -> dict:
     return {"op": "route_kv_append_", "us": 1e3 * ours, "of copy": 4 * k.nbytes / ours / rate}
 
 
-class Nothing(torch.nn.Module):
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 @torch.no_grad()
 def layers(device: str) -> list[dict]:
     batch, length, dim, dtype = SIZES[device]
     config = DecoderConfig(dim=dim, heads=dim // 128, kv_heads=dim // 128, head_dim=128, mlp_dim=dim * 11 // 4)
     block = PositionedBlock(config).to(device, dtype)
-    x = torch.randn(batch, length, dim, device=device).to(dtype)
+    before = torch.randn(batch, length, dim, device=device).to(dtype)
     gate, positions = (
         torch.rand(batch, length, device=device),
         torch.arange(length, device=device).expand(batch, length),
     )
+    x = block(before, positions)
     dense = call_ms(lambda: block(x, positions), device, 5)
 
     made = {
@@ -143,18 +165,25 @@ def layers(device: str) -> list[dict]:
         "stt layer, student": SubjectiveTimescaleLayer(block, dim),
     }
     made = {name: layer.to(device, dtype) for name, layer in made.items()}
+    for name in ("mod layer", "stt layer, student"):
+        made[name].router.float()  # as under autocast
     student = made["stt layer, student"]
     for _ in range(2):  # where the student routes half of the tokens
-        student.calibrate(student.router(x).gather(1, student.top_k(student.router(x))[0].long()))
+        student.top_k(student.router(x), calibrates=True)
     student.eval().trim = True
 
     rows = [{"op": "dense layer", "us": 1e3 * dense}]
     for name, layer in made.items():
-        call = partial(layer, x, gate) if name == "dynamic layer" else partial(layer, x)
-        time, kernels = call_ms(call, device, 5), kernels_ms(call, device)
-        layer.block = Nothing()
-        share = kernels_ms(call, device) / kernels
-        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time, "routing share": share})
+        rest = (gate,) if name == "dynamic layer" else ()
+        time = call_ms(partial(layer, x, *rest), device, 5)
+        rows.append({"op": name, "us": 1e3 * time, "over dense": dense / time})
+        if device == "cuda":
+            layer.block, marked = Marked("block", block), Marked("layer", layer)
+            whole, inside = kernels_us(lambda: marked(block(before, positions), *rest), "layer", "block")  # noqa: B023
+            around = whole - inside
+            rows[-1]["routing share"] = around.total() / whole.total()
+            print(f"{name}: kernels of {whole.total():.1f} us, {inside.total():.1f} of them in its block, around it:")
+            print("\n".join(f"  {us:7.1f}  {kernel[:110]}" for kernel, us in around.most_common() if us > 0.05))
     return rows
 
 

@@ -92,6 +92,13 @@ def choice(ours: Callable, plain: Callable, *limits: float) -> Callable[[dict, b
     return build
 
 
+def calibrated(function: Callable) -> Callable[[Tensor, int], Sequence[Tensor]]:
+    def step(scores: Tensor, k: int) -> Sequence[Tensor]:
+        return function(scores, k, torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE))[:2]
+
+    return step
+
+
 def routed(ours: Callable, plain: Callable, scatters: bool, key: dict, small: bool) -> Workload:
     batch, length, dim = (2, 100, 72) if small else (8, 4096, 2048)
     dtype = dtype_of(key, "bf16")
@@ -134,6 +141,9 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "causal_route_logits": causal_route_logits,
     "route_kv_append": route_kv_append,
     "route_topk": choice(simplex_ops.topk_route, reference.topk_route, 2048),
+    "route_calibrate": choice(
+        calibrated(simplex_ops.topk_route_calibrate_), calibrated(reference.topk_route_calibrate), 2048
+    ),
     "route_threshold": choice(simplex_ops.threshold_route, reference.threshold_route, 0.5, 4096),
     "route_gather": partial(routed, simplex_ops.route_gather, reference.route_gather, False),
     "route_scatter_add": partial(routed, simplex_ops.route_scatter_add, reference.route_scatter_add, True),

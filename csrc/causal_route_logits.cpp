@@ -11,24 +11,29 @@ namespace simplex {
 
 namespace {
 
-// One checked problem: x packed [B, T, D]; weight packed [2 D] of the wide dtype; prev packed [B, D], or empty.
+// One checked problem: x packed [B, T, D]; weight packed [2 D] of the wide dtype, or [D] where no token looks back;
+// prev packed [B, D], or empty.
 struct Logits {
   Tensor x, weight, prev;
-  bool has_prev;
+  bool has_prev, looks_back;
   int64_t B, T, D;
   ScalarType wide;
+
+  int32_t dim_before() const { return looks_back ? static_cast<int32_t>(D) : 0; }
 };
 
 // The fakes (simplex_ops/causal_route_logits.py) check the same in the same words.
 Logits checked(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& prev) {
   SIMPLEX_EXPECT(x.dim() == 3, op, "x to be 3-dimensional [batch, length, dim], got ", x.dim(), " dimensions");
   expect_floating(op, "x", x);
-  Logits p{x, weight, Tensor(), prev.has_value(), x.size(0), x.size(1), x.size(2), wide_dtype(x)};
+  const int64_t D = x.size(2), columns = weight.dim() == 1 ? weight.size(0) : 0;
+  Logits p{x, weight, Tensor(), prev.has_value(), columns != D || D == 0, x.size(0), x.size(1), D, wide_dtype(x)};
   SIMPLEX_EXPECT(x.is_cpu() || p.D % 8 == 0, op, "the last dim of x to be a multiple of 8 on cuda, got ", p.D);
-  expect_sizes(op, "weight", weight, {2 * p.D}, "twice the last dim of x");
+  if (p.looks_back) expect_sizes(op, "weight", weight, {2 * D}, "twice the last dim of x, or once");
   expect_dtype(op, "weight", weight, p.wide);
   expect_device(op, "weight", weight, "x", x);
   if (prev) {
+    SIMPLEX_EXPECT(p.looks_back, op, "no prev with a weight of ", D, " elements, which looks at no token before");
     expect_sizes(op, "prev", *prev, {p.B, p.D}, "batch, last dim of x");
     expect_like(op, "prev", *prev, "x", x);
     p.prev = packed(*prev);
@@ -70,7 +75,7 @@ void forward_cpu(const Logits& p, Tensor& logits) {
     for (; row < end; ++row) {
       const bool first = row % p.T == 0;
       const In* const before = !first ? x + (row - 1) * p.D : prev ? prev + row / p.T * p.D : nullptr;
-      out[row] = dot(w, x + row * p.D, p.D) + (before ? dot(w + p.D, before, p.D) : W(0));
+      out[row] = dot(w, x + row * p.D, p.D) + (before && p.looks_back ? dot(w + p.D, before, p.D) : W(0));
     }
   });
 }
@@ -95,6 +100,7 @@ Tensor causal_route_logits(const Tensor& x, const Tensor& weight, const std::opt
           {"logits_ptr", logits.const_data_ptr()},
           {"length", static_cast<int32_t>(p.T)},
           {"dim", static_cast<int32_t>(p.D)},
+          {"dim_before", p.dim_before()},
           {"has_prev", static_cast<int32_t>(p.has_prev)}});
   return logits;
 }
@@ -110,8 +116,9 @@ void backward_cpu(const Logits& p, const Tensor& grad_logits, Tensor& grad_x, Te
   const int64_t D = p.D, T = p.T, grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(D, 1));
   torch::stable::parallel_for(0, p.B * T, grain, [&](int64_t row, int64_t end) {
     for (; row < end; ++row) {
-      const W own = g[row], next = (row + 1) % T == 0 ? W(0) : g[row + 1];
-      for (int64_t d = 0; d < D; ++d) to_x[row * D + d] = static_cast<In>(own * w[d] + next * w[D + d]);
+      const W own = g[row], next = (row + 1) % T == 0 || !p.looks_back ? W(0) : g[row + 1];
+      const W* const before = p.looks_back ? w + D : w;
+      for (int64_t d = 0; d < D; ++d) to_x[row * D + d] = static_cast<In>(own * w[d] + next * before[d]);
     }
   });
   std::vector<double> sums(2 * D);  // one row after the other, so that the result does not depend on the threads
@@ -129,7 +136,7 @@ void backward_cpu(const Logits& p, const Tensor& grad_logits, Tensor& grad_x, Te
       }
     }
   }
-  std::transform(sums.begin(), sums.end(), mutable_elements<W>(grad_weight),
+  std::transform(sums.begin(), sums.begin() + grad_weight.numel(), mutable_elements<W>(grad_weight),
                  [](double v) { return static_cast<W>(v); });
 }
 
@@ -142,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_route_logits_backward(const Tensor& gr
   expect_dtype(op, "grad_logits", grad_logits, p.wide);
   expect_device(op, "grad_logits", grad_logits, "x", x);
   Tensor grad_x = empty_like_device(x, {p.B, p.T, p.D}, x.scalar_type());
-  Tensor grad_weight = empty_like_device(x, {2 * p.D}, p.wide);
+  Tensor grad_weight = empty_like_device(x, {weight.size(0)}, p.wide);
   // Without a previous token nobody asks for its gradient.
   Tensor grad_prev = empty_like_device(x, {p.has_prev ? p.B : 0, p.has_prev ? p.D : 0}, x.scalar_type());
   if (grad_x.numel() == 0) {
@@ -159,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_route_logits_backward(const Tensor& gr
   const Kernel& kernel = kBackward.find(device, {dtype_constant(x)});
   const int64_t blocks = (p.T + kernel["BLOCK_T"] - 1) / kernel["BLOCK_T"];
   // A share of the weight's gradient per block of tokens, added up in order: no atomics, two runs give the same bits.
-  Tensor parts = empty_like_device(x, {p.B * blocks, 2 * p.D}, p.wide);
+  Tensor parts = empty_like_device(x, {p.B * blocks, weight.size(0)}, p.wide);
   launch(kernel, device, current_cuda_stream(device), {static_cast<unsigned>(p.B * blocks), 1, 1},
          {{"grad_logits_ptr", g.const_data_ptr()},
           {"x_ptr", p.x.const_data_ptr()},
@@ -170,6 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_route_logits_backward(const Tensor& gr
           {"parts_ptr", parts.const_data_ptr()},
           {"length", static_cast<int32_t>(p.T)},
           {"dim", static_cast<int32_t>(p.D)},
+          {"dim_before", p.dim_before()},
           {"has_prev", static_cast<int32_t>(p.has_prev)}});
   const int64_t over_blocks[] = {0};
   torch::stable::sum_out(grad_weight, parts, torch::headeronly::IntHeaderOnlyArrayRef(over_blocks, 1));

@@ -167,12 +167,17 @@ Tensor route_gather_backward(const Tensor& grad_y, const Tensor& x, const Tensor
   return grad_x;
 }
 
-void check_update(const char* op, const Route& r, const char* name, const Tensor& rows, const Tensor& y,
+// Adding takes a gate for each slot, replacing one for each token.
+void check_update(const char* op, const Route& r, bool replaces, const char* name, const Tensor& rows, const Tensor& y,
                   const std::optional<Tensor>& gate) {
   expect_sizes(op, "y", y, {r.B, r.k, r.D}, "batch, slots of idx, dim");
   expect_like(op, "y", y, name, rows);
   if (!gate) return;
-  expect_sizes(op, "gate", *gate, {r.B, r.k}, "that of idx");
+  if (replaces) {
+    expect_sizes(op, "gate", *gate, {r.B, r.T}, "batch, length");
+  } else {
+    expect_sizes(op, "gate", *gate, {r.B, r.k}, "that of idx");
+  }
   expect_dtype(op, "gate", *gate, wide_dtype(rows));
   expect_device(op, "gate", *gate, name, rows);
 }
@@ -181,7 +186,7 @@ void check_update(const char* op, const Route& r, const char* name, const Tensor
 Tensor put_back(const char* op, bool replaces, const Tensor& base, const Tensor& y, const Tensor& idx,
                 const std::optional<Tensor>& gate) {
   const Route r = checked(op, "base", base, idx);
-  check_update(op, r, "base", base, y, gate);
+  check_update(op, r, replaces, "base", base, y, gate);
   Tensor out = empty_like_device(base, {r.B, r.T, r.D}, base.scalar_type());
   const Tensor update = packed(y), scale = gate ? packed(*gate) : Tensor();
   if (!base.is_cpu() && out.numel() > 0 && r.slots() > 0) {
@@ -200,7 +205,7 @@ Tensor put_back(const char* op, bool replaces, const Tensor& base, const Tensor&
     for_slots(
         r,
         [&](int64_t slot, int64_t row) {
-          const W g = gates ? gates[slot] : W(1);
+          const W g = gates ? gates[replaces ? row : slot] : W(1);
           for (int64_t d = 0; d < r.D; ++d) {
             const W before = to[row * r.D + d], x = from[slot * r.D + d];
             to[row * r.D + d] = static_cast<In>(replaces && !gates ? x : before + g * (replaces ? x - before : x));
@@ -220,13 +225,13 @@ std::tuple<Tensor, Tensor, Tensor> put_back_backward(const char* op, const Tenso
     expect_sizes(op, "base", *base, {r.B, r.T, r.D}, "that of grad_out");
     expect_like(op, "base", *base, "grad_out", grad_out);
   }
-  check_update(op, r, "grad_out", grad_out, y, gate);
+  check_update(op, r, base != nullptr, "grad_out", grad_out, y, gate);
   Tensor grad_base = empty_like_device(grad_out, {r.B, r.T, r.D}, grad_out.scalar_type());
   torch::stable::copy_(grad_base, grad_out);
   Tensor grad_y = empty_like_device(grad_out, {r.B, r.k, r.D}, grad_out.scalar_type());
   // Without a gate nobody asks for its gradient.
-  Tensor grad_gate = empty_like_device(grad_out, {gate ? r.B : 0, gate ? r.k : 0}, wide_dtype(grad_out));
-  if (r.D == 0 && gate) torch::stable::zero_(grad_gate);
+  Tensor grad_gate = empty_like_device(grad_out, {gate ? r.B : 0, !gate ? 0 : base ? r.T : r.k}, wide_dtype(grad_out));
+  if (gate && (base || r.D == 0)) torch::stable::zero_(grad_gate);
   if (grad_y.numel() == 0) return {grad_base, grad_y, grad_gate};
   const Tensor rows = packed(grad_out), update = packed(y), scale = gate ? packed(*gate) : Tensor();
   const Tensor before = base ? packed(*base) : Tensor();
@@ -260,7 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> put_back_backward(const char* op, const Tenso
     for_slots(
         r,
         [&](int64_t slot, int64_t row) {
-          const W g = gates ? gates[slot] : W(1);
+          const int64_t of_gate = of_base ? row : slot;
+          const W g = gates ? gates[of_gate] : W(1);
           double dot = 0;
           for (int64_t d = 0; d < r.D; ++d) {
             const W e = from[row * r.D + d];
@@ -269,11 +275,11 @@ std::tuple<Tensor, Tensor, Tensor> put_back_backward(const char* op, const Tenso
             const double less = of_base ? static_cast<double>(of_base[row * r.D + d]) : 0.0;
             dot += static_cast<double>(e) * (static_cast<double>(of_y[slot * r.D + d]) - less);
           }
-          if (to_gate) to_gate[slot] = static_cast<W>(dot);
+          if (to_gate) to_gate[of_gate] = static_cast<W>(dot);
         },
         [&](int64_t slot) {
           std::fill_n(to + slot * r.D, r.D, In(0.0f));
-          if (to_gate) to_gate[slot] = 0;
+          if (to_gate && !of_base) to_gate[slot] = 0;
         });
   });
   return {grad_base, grad_y, grad_gate};

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "elements.h"
@@ -40,11 +41,12 @@ auto image(W score) {
 }
 
 template <class W>
-void topk_cpu(const Tensor& scores, int64_t k, Tensor& idx, Tensor& mask) {
+void topk_cpu(const Tensor& scores, int64_t k, Tensor& idx, Tensor& mask, Tensor* lowest) {
   const int64_t B = scores.size(0), T = scores.size(1);
   const W* from = elements<W>(scores);
   int32_t* const to_idx = mutable_elements<int32_t>(idx);
   bool* const to_mask = mutable_elements<bool>(mask);
+  W* const to_lowest = lowest ? mutable_elements<W>(*lowest) : nullptr;
   torch::stable::parallel_for(0, B, 1, [&](int64_t b, int64_t end) {
     std::vector<decltype(image(W{}))> images(T), order(T);
     for (; b < end; ++b) {
@@ -58,6 +60,7 @@ void topk_cpu(const Tensor& scores, int64_t k, Tensor& idx, Tensor& mask) {
         const bool chosen = images[t] > least || (images[t] == least && ties-- > 0);
         to_mask[b * T + t] = chosen;
         if (chosen) *next++ = static_cast<int32_t>(t);
+        if (to_lowest && images[t] == least) to_lowest[b] = std::isnan(from[b * T + t]) ? -HUGE_VAL : from[b * T + t];
       }
     }
   });
@@ -81,9 +84,10 @@ void threshold_cpu(const Tensor& scores, double threshold, Tensor& idx, Tensor& 
 const KernelFamily kTopK("route_topk", {});
 const KernelFamily kThreshold("route_threshold", {});
 
-std::tuple<Tensor, Tensor> topk_route(const Tensor& scores, int64_t k) {
-  constexpr const char* op = "topk_route";
-  check_scores(op, scores);
+const KernelFamily kCalibrate("route_calibrate", {});
+
+// lowest: null, or [B], for the k-th score of each sequence.
+std::tuple<Tensor, Tensor> choose(const char* op, const Tensor& scores, int64_t k, Tensor* lowest) {
   const int64_t B = scores.size(0), T = scores.size(1);
   SIMPLEX_EXPECT(k >= 1 && k <= T, op, "k to be from 1 to the length of scores (", T, "), got ", k);
   Tensor idx = empty_like_device(scores, {B, k}, ScalarType::Int);
@@ -91,17 +95,63 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& scores, int64_t k) {
   if (B == 0) return {idx, mask};
   const Tensor s = packed(scores);
   if (scores.is_cpu()) {
-    s.scalar_type() == ScalarType::Double ? topk_cpu<double>(s, k, idx, mask) : topk_cpu<float>(s, k, idx, mask);
+    s.scalar_type() == ScalarType::Double ? topk_cpu<double>(s, k, idx, mask, lowest)
+                                          : topk_cpu<float>(s, k, idx, mask, lowest);
   } else {
     const int device = s.get_device_index();
     launch(kTopK.find(device, {}), device, current_cuda_stream(device), {static_cast<unsigned>(B), 1, 1},
            {{"scores_ptr", s.const_data_ptr()},
             {"idx_ptr", idx.const_data_ptr()},
             {"mask_ptr", mask.const_data_ptr()},
+            {"lowest_ptr", lowest ? lowest->const_data_ptr() : nullptr},
             {"length", static_cast<int32_t>(T)},
-            {"k", static_cast<int32_t>(k)}});
+            {"k", static_cast<int32_t>(k)},
+            {"has_lowest", static_cast<int32_t>(lowest != nullptr)}});
   }
   return {idx, mask};
+}
+
+std::tuple<Tensor, Tensor> topk_route(const Tensor& scores, int64_t k) {
+  constexpr const char* op = "topk_route";
+  check_scores(op, scores);
+  return choose(op, scores, k, nullptr);
+}
+
+template <class W>
+double mean(const Tensor& lowest) {
+  const W* const values = elements<W>(lowest);
+  return std::accumulate(values, values + lowest.numel(), 0.0) / static_cast<double>(lowest.numel());
+}
+
+std::tuple<Tensor, Tensor> topk_route_calibrate_(const Tensor& scores, int64_t k, const Tensor& threshold,
+                                                 const Tensor& calibrations) {
+  constexpr const char* op = "topk_route_calibrate_";
+  check_scores(op, scores);
+  for (const auto& [name, x] : {std::pair{"threshold", threshold}, std::pair{"calibrations", calibrations}}) {
+    expect_sizes(op, name, x, {}, "one number");
+    expect_dtype(op, name, x, ScalarType::Float);
+    expect_device(op, name, x, "scores", scores);
+  }
+  const int64_t B = scores.size(0);
+  Tensor lowest = empty_like_device(scores, {B}, scores.scalar_type());
+  const auto chosen = choose(op, scores, k, &lowest);
+  if (B == 0) return chosen;
+  if (scores.is_cpu()) {
+    const double to = scores.scalar_type() == ScalarType::Double ? mean<double>(lowest) : mean<float>(lowest);
+    float& count = *mutable_elements<float>(calibrations);
+    float& value = *mutable_elements<float>(threshold);
+    count += 1;
+    if (std::isfinite(to)) value += static_cast<float>(std::max(1.0 / count, 0.02) * (to - value));
+    return chosen;
+  }
+  SIMPLEX_EXPECT(B < kMost / 2, op, "the batch of scores to be below 2^30, got ", B);
+  const int device = scores.get_device_index();
+  launch(kCalibrate.find(device, {}), device, current_cuda_stream(device), {1, 1, 1},
+         {{"threshold_ptr", threshold.const_data_ptr()},
+          {"calibrations_ptr", calibrations.const_data_ptr()},
+          {"lowest_ptr", lowest.const_data_ptr()},
+          {"batch", static_cast<int32_t>(B)}});
+  return chosen;
 }
 
 std::tuple<Tensor, Tensor> threshold_route(const Tensor& scores, double threshold, int64_t cap) {
@@ -136,16 +186,21 @@ std::tuple<Tensor, Tensor> threshold_route(const Tensor& scores, double threshol
 STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
   m.def("topk_route(Tensor scores, SymInt k) -> (Tensor idx, Tensor mask)");
   m.def("threshold_route(Tensor scores, float threshold, SymInt cap) -> (Tensor idx, Tensor count)");
+  m.def(
+      "topk_route_calibrate_(Tensor scores, SymInt k, Tensor(a!) threshold, Tensor(b!) calibrations) -> (Tensor idx, "
+      "Tensor mask)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplex, CPU, m) {
   m.impl("topk_route", TORCH_BOX(&topk_route));
   m.impl("threshold_route", TORCH_BOX(&threshold_route));
+  m.impl("topk_route_calibrate_", TORCH_BOX(&topk_route_calibrate_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplex, CUDA, m) {
   m.impl("topk_route", TORCH_BOX(&topk_route));
   m.impl("threshold_route", TORCH_BOX(&threshold_route));
+  m.impl("topk_route_calibrate_", TORCH_BOX(&topk_route_calibrate_));
 }
 
 }  // namespace simplex

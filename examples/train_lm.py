@@ -40,6 +40,7 @@ class Setup:
     config: DecoderConfig
     batch: int
     length: int
+    lr: float  # at its peak; wider models bear less
 
 
 # What a device trains well within the default time.
@@ -55,11 +56,13 @@ SETUPS = {
         ),
         batch=4,
         length=256,
+        lr=3e-3,
     ),
     "cuda": Setup(
         DecoderConfig(dim=512, heads=8, head_dim=64, mlp_dim=1408, layers=interleave(8)),
         batch=32,
         length=1024,
+        lr=6e-4,
     ),
 }
 
@@ -81,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=45.0, help="time for training both models")
     parser.add_argument("--steps", type=int, help="train this many steps instead, for a reproducible run")
     parser.add_argument("--batch", type=int, help="texts a step, instead of what the device trains well")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, help="peak learning rate, instead of what suits the device's model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
@@ -136,7 +139,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     gains = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=all(p.is_cuda for p in model.parameters()))
 
 
 def schedule(progress: float) -> float:
@@ -237,15 +240,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     setup = SETUPS["cuda" if args.device.startswith("cuda") else "cpu"]
     setup = replace(setup, batch=args.batch or setup.batch)
+    if len(args.mixer) > 1 and not args.model:
+        from compare_mixers import compare
+
+        compare(args)
+        return
+    args.lr = args.lr or setup.lr
     if args.model:
         from routed_lm import compare
 
         compare(setup, args)
-        return
-    if len(args.mixer) > 1:
-        from compare_mixers import compare
-
-        compare(args)
         return
     (mixer,) = args.mixer
     config = replace(setup.config, layers=interleave(len(setup.config.layers), mixer))

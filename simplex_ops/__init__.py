@@ -12,7 +12,14 @@ from .grassmann_step import grassmann_step
 from .info import Info, info
 from .plucker_mean import plucker_mean
 from .route_kv_append import route_kv_append_
-from .routing import route_gather, route_replace, route_scatter_add, threshold_route, topk_route
+from .routing import (
+    route_gather,
+    route_replace,
+    route_scatter_add,
+    threshold_route,
+    topk_route,
+    topk_route_calibrate_,
+)
 from .surprise_gate import surprise_gate
 from .two_simplicial_attention import two_simplicial_attention
 
@@ -34,6 +41,7 @@ __all__ = [
     "surprise_gate",
     "threshold_route",
     "topk_route",
+    "topk_route_calibrate_",
     "two_simplicial_attention",
 ]
 

@@ -15,14 +15,16 @@ def causal_route_logits(x: Tensor, weight: Tensor, prev: Tensor | None = None) -
 
         logits_t = <weight[:dim], x_t> + <weight[dim:], x_{t-1}>,        x_{-1} = prev, or 0
 
-    The sum of a token does not depend on how many others are computed beside it: on one device, a token that is decoded
-    alone with `prev` gets the bits that it gets within its sequence.
+    With a weight of dim elements, the router of Mixture-of-Depths, the second term is missing. The sum of a token does not
+    depend on how many others are computed beside it: on one device, a token that is decoded alone with `prev` gets the bits
+    that it gets within its sequence.
 
     Args:
         x: [batch, length, dim]; float32, float16, bfloat16, or float64 on the CPU; may be strided. On CUDA dim is a multiple
             of 8.
-        weight: [2 * dim] in float32 (float64 with float64 data), on the same device.
-        prev: None at the start of a sequence, or [batch, dim] like x, the token before the first one.
+        weight: [2 * dim] or [dim] in float32 (float64 with float64 data), on the same device.
+        prev: None at the start of a sequence, or [batch, dim] like x, the token before the first one. Not with a weight of
+            [dim].
 
     Returns:
         logits [batch, length] in float32 (float64 for float64 data), once differentiable with respect to x, weight and prev.
@@ -67,21 +69,26 @@ def _check(op: str, x: Tensor, weight: Tensor, prev: Tensor | None) -> None:
     batch, _, dim = x.shape
     if x.device.type == "cuda":
         expect(op, dim % 8 == 0, f"the last dim of x to be a multiple of 8 on cuda, got {dim}")
-    expect_sizes(op, "weight", weight, (2 * dim,), "twice the last dim of x")
+    looks_back = weight.dim() != 1 or dim == 0 or weight.shape[0] != dim
+    if looks_back:
+        expect_sizes(op, "weight", weight, (2 * dim,), "twice the last dim of x, or once")
     expect_dtype(op, "weight", weight, wide_dtype(x))
     expect_device(op, "weight", weight, "x", x)
     if prev is not None:
+        expect(op, looks_back, f"no prev with a weight of {dim} elements, which looks at no token before")
         expect_sizes(op, "prev", prev, (batch, dim), "batch, last dim of x")
         expect_like(op, "prev", prev, "x", x)
 
 
-def _forward_flops(x: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    batch, length, dim = x
-    return 4 * batch * length * dim
+def _forward_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, length, _ = x
+    return 2 * batch * length * weight[0]
 
 
-def _backward_flops(grad_logits: Sequence[int], x: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * _forward_flops(x)
+def _backward_flops(
+    grad_logits: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _forward_flops(x, weight)
 
 
 register_flops(torch.ops.simplex.causal_route_logits, _forward_flops)

@@ -45,6 +45,36 @@ def topk_route(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return torch.ops.simplex.topk_route(scores, k)
 
 
+def topk_route_calibrate_(scores: Tensor, k: int, threshold: Tensor, calibrations: Tensor) -> tuple[Tensor, Tensor]:
+    """`topk_route`, which also moves a threshold, in place, towards the lowest chosen scores, their mean over the batch::
+
+        calibrations += 1
+        threshold    += max(1 / calibrations, 0.02) * (mean_b min_t(scores[b, t] where mask[b, t]) - threshold)
+
+    At first that is the plain average of what it has seen, later an exponential one, so that `threshold_route` with it takes
+    about the share of the tokens that training takes. Where the mean is not finite (NaN counts as -inf) the threshold
+    stays. Nothing waits for the device.
+
+    Args:
+        scores, k: as those of `topk_route`.
+        threshold, calibrations: float32 without dimensions, on the device of the scores.
+
+    Returns:
+        idx, mask: as `topk_route` does.
+
+    Raises:
+        RuntimeError: a rank, shape, dtype, device or k that is not as above.
+
+    >>> threshold, calibrations = torch.zeros(()), torch.zeros(())
+    >>> topk_route_calibrate_(torch.tensor([[0.1, 0.7, 0.6, 0.9]]), 2, threshold, calibrations)[0]
+    tensor([[1, 3]], dtype=torch.int32)
+    >>> threshold
+    tensor(0.7000)
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        return torch.ops.simplex.topk_route_calibrate_(scores.detach(), k, threshold, calibrations)
+
+
 def threshold_route(scores: Tensor, threshold: float, cap: int) -> tuple[Tensor, Tensor]:
     """The first `cap` tokens of each sequence with score >= threshold, in the order of time.
 
@@ -119,13 +149,17 @@ def route_scatter_add(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None 
 
 
 def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Puts routed rows in their place: ``out = base; out[b, idx[b, s]] = base + gate[b, s] * (y[b, s] - base)``.
+    """Puts routed rows in their place: ``out = base``, then for each slot, at ``t = idx[b, s]``::
+
+        out[b, t] = base[b, t] + gate[b, t] * (y[b, s] - base[b, t])
 
     Without a gate that is y, bit for bit. The whole of ``base + gate * (block(rows) - rows)`` in one pass, when y is
     block(rows); rounded once, from float32 (float64 for float64). Deterministic: no two slots share a row.
 
     Args:
-        base, y, idx, gate: as those of `route_scatter_add`.
+        base, y, idx: as those of `route_scatter_add`.
+        gate: None, or [batch, length] in float32 (float64 for float64 data): one for each token, as routers and
+            `surprise_gate` return it. Those of other tokens are not read, and their gradient is 0.
 
     Returns:
         out, like base; once differentiable with respect to base, y and gate.
@@ -134,7 +168,7 @@ def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = No
         RuntimeError: a rank, shape, dtype, device or (on the CPU) index that is not as above.
 
     >>> idx = torch.tensor([[0, 2]], dtype=torch.int32)
-    >>> route_replace(torch.ones(1, 3, 1), torch.full((1, 2, 1), 3.0), idx, torch.tensor([[0.5, 1.0]])).flatten()
+    >>> route_replace(torch.ones(1, 3, 1), torch.full((1, 2, 1), 3.0), idx, torch.tensor([[0.5, 0.7, 1.0]])).flatten()
     tensor([2., 1., 3.])
     """
     with torch.autocast(base.device.type, enabled=False):
@@ -147,10 +181,25 @@ def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = No
 @torch.library.register_fake("simplex::topk_route")
 def _topk_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check_scores("topk_route", scores)
+    return _chosen("topk_route", scores, k)
+
+
+@torch.library.register_fake("simplex::topk_route_calibrate_")
+def _topk_calibrate_fake(scores: Tensor, k: int, threshold: Tensor, calibrations: Tensor) -> tuple[Tensor, Tensor]:
+    op = "topk_route_calibrate_"
+    _check_scores(op, scores)
+    for name, x in (("threshold", threshold), ("calibrations", calibrations)):
+        expect_sizes(op, name, x, (), "one number")
+        expect_dtype(op, name, x, torch.float32)
+        expect_device(op, name, x, "scores", scores)
+    return _chosen(op, scores, k)
+
+
+def _chosen(op: str, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch, length = scores.shape
     # A symbolic k waits for the kernel: that length // 2 is at most length is a guard which torch.export cannot state.
     for condition in (k >= 1, k <= length) if isinstance(k, int) else ():
-        expect("topk_route", condition, f"k to be from 1 to the length of scores ({length}), got {k}")
+        expect(op, condition, f"k to be from 1 to the length of scores ({length}), got {k}")
     return scores.new_empty((batch, k), dtype=torch.int32), scores.new_empty((batch, length), dtype=torch.bool)
 
 
@@ -192,7 +241,7 @@ def _gather_backward_fake(grad_y: Tensor, x: Tensor, idx: Tensor) -> Tensor:
 
 @torch.library.register_fake("simplex::route_scatter_add")
 def _scatter_add_fake(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None) -> Tensor:
-    _check_update("route_scatter_add", "base", base, y, idx, gate)
+    _check_update("route_scatter_add", False, "base", base, y, idx, gate)
     return base.new_empty(base.shape)
 
 
@@ -200,12 +249,12 @@ def _scatter_add_fake(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None 
 def _scatter_add_backward_fake(
     grad_out: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _update_backward_fake("route_scatter_add_backward", grad_out, y, idx, gate)
+    return _update_backward_fake("route_scatter_add_backward", False, grad_out, y, idx, gate)
 
 
 @torch.library.register_fake("simplex::route_replace")
 def _replace_fake(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None) -> Tensor:
-    _check_update("route_replace", "base", base, y, idx, gate)
+    _check_update("route_replace", True, "base", base, y, idx, gate)
     return base.new_empty(base.shape)
 
 
@@ -214,16 +263,16 @@ def _replace_backward_fake(
     grad_out: Tensor, base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "route_replace_backward"
-    grads = _update_backward_fake(op, grad_out, y, idx, gate)
+    grads = _update_backward_fake(op, True, grad_out, y, idx, gate)
     expect_sizes(op, "base", base, tuple(grad_out.shape), "that of grad_out")
     expect_like(op, "base", base, "grad_out", grad_out)
     return grads
 
 
 def _update_backward_fake(
-    op: str, grad_out: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None
+    op: str, replaces: bool, grad_out: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_update(op, "grad_out", grad_out, y, idx, gate)
+    _check_update(op, replaces, "grad_out", grad_out, y, idx, gate)
     sizes = (0, 0) if gate is None else tuple(gate.shape)
     return (
         grad_out.new_empty(grad_out.shape),
@@ -243,12 +292,15 @@ def _check_route(op: str, name: str, rows: Tensor, idx: Tensor) -> None:
     expect_device(op, "idx", idx, name, rows)
 
 
-def _check_update(op: str, name: str, rows: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None) -> None:
+def _check_update(
+    op: str, replaces: bool, name: str, rows: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None
+) -> None:
     _check_route(op, name, rows, idx)
     expect_sizes(op, "y", y, (rows.shape[0], idx.shape[1], rows.shape[2]), "batch, slots of idx, dim")
     expect_like(op, "y", y, name, rows)
     if gate is not None:
-        expect_sizes(op, "gate", gate, tuple(idx.shape), "that of idx")
+        sizes, what = (tuple(rows.shape[:2]), "batch, length") if replaces else (tuple(idx.shape), "that of idx")
+        expect_sizes(op, "gate", gate, sizes, what)
         expect_dtype(op, "gate", gate, wide_dtype(rows))
         expect_device(op, "gate", gate, name, rows)
 
@@ -289,7 +341,7 @@ def _replace_backward_flops(
     return (0 if gate is None else 5) * math.prod(y)
 
 
-for _op in ("topk_route", "threshold_route", "route_gather", "route_gather_backward"):
+for _op in ("topk_route", "topk_route_calibrate_", "threshold_route", "route_gather", "route_gather_backward"):
     register_flops(getattr(torch.ops.simplex, _op), _no_flops)
 register_flops(torch.ops.simplex.route_scatter_add, _update_flops)
 register_flops(torch.ops.simplex.route_scatter_add_backward, _update_backward_flops)

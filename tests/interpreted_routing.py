@@ -54,10 +54,19 @@ def check_gate(batch, length, dim, window, dtype=torch.float32):
 def check_choice(scores, k, cap, threshold):
     batch, length = scores.shape
     idx, mask = torch.full((batch, k), -9, dtype=torch.int32), torch.full((batch, length), 9, dtype=torch.int8)
-    routing.route_topk[(batch,)](scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, length=length, k=k, BLOCK=16)
+    lowest = torch.full((batch,), NAN)
+    routing.route_topk[(batch,)](
+        scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, lowest_ptr=lowest, length=length, k=k, has_lowest=1, BLOCK=16
+    )
     expected_idx, expected_mask = reference.topk_route(scores, k)
     assert torch.equal(idx, expected_idx), (scores, idx, expected_idx)
     assert torch.equal(mask, expected_mask.to(torch.int8))
+    numbers = torch.tensor([0.5]), torch.tensor([2.0])
+    truth = reference.topk_route_calibrate(scores, k, *numbers)[2:]
+    routing.route_calibrate[(1,)](
+        threshold_ptr=numbers[0], calibrations_ptr=numbers[1], lowest_ptr=lowest, batch=batch, BLOCK=1
+    )
+    torch.testing.assert_close(numbers, truth)
     idx, count = torch.full((batch, cap), -9, dtype=torch.int32), torch.full((batch,), -9, dtype=torch.int32)
     routing.route_threshold[(batch,)](
         scores_ptr=scores, idx_ptr=idx, count_ptr=count, length=length, cap=cap, threshold=threshold, BLOCK=16
@@ -70,7 +79,7 @@ def check_choice(scores, k, cap, threshold):
 def check_moves(dtype, gated, replaces):
     batch, length, slots, dim = 2, 9, 6, 24
     x, y = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, slots, dim).to(dtype)
-    gate = torch.rand(batch, slots)
+    gate = torch.rand(batch, length if replaces else slots)
     idx = torch.stack([torch.randperm(length)[:slots].sort().values for _ in range(batch)]).to(torch.int32)
     idx[0, 5], idx[1, 5] = -1, length  # the second is an error that must not touch memory
     legal = torch.where(idx < length, idx, -1)
@@ -94,7 +103,8 @@ def check_moves(dtype, gated, replaces):
     truth = put_back(*leaves[:2], legal, leaves[2] if gated else None)
     grad = torch.randn(truth.shape).to(dtype)
     truth_grads = torch.autograd.grad(truth, leaves[: 3 if gated else 2], grad.double())
-    out, grad_y, grad_gate = torch.full_like(x, NAN), torch.full_like(y, NAN), torch.full_like(gate, NAN)
+    out, grad_y = torch.full_like(x, NAN), torch.full_like(y, NAN)
+    grad_gate = torch.full_like(gate, 0.0 if replaces and gated else NAN)
     grad_x, how = grad.clone(), {"has_gate": int(gated), "replaces": int(replaces)}
     routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=out, has_base=1, **how, **pointers)
     routing.route_scatter_add_bwd[(total,)](
@@ -107,10 +117,10 @@ def check_moves(dtype, gated, replaces):
     assert gated or grad_gate.isnan().all()
 
 
-def check_logits(dtype, with_prev):
+def check_logits(dtype, looks_back, with_prev):
     batch, length, dim = 2, 11, 24
     x, prev = torch.randn(batch, length, dim).to(dtype), torch.randn(batch, dim).to(dtype)
-    weight, grad = torch.randn(2 * dim), torch.randn(batch, length)
+    weight, grad = torch.randn(2 * dim if looks_back else dim), torch.randn(batch, length)
     leaves = [t.double().requires_grad_() for t in ((x, weight, prev) if with_prev else (x, weight))]
     truth = reference.causal_route_logits(*leaves)
     truth = [truth, *torch.autograd.grad(truth, leaves, grad.double())]
@@ -121,9 +131,10 @@ def check_logits(dtype, with_prev):
         "prev_ptr": prev,
         "length": length,
         "dim": dim,
+        "dim_before": dim if looks_back else 0,
         "has_prev": int(with_prev),
     }
-    logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, 2 * dim), NAN)
+    logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, len(weight)), NAN)
     causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
     grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
     causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
@@ -177,7 +188,11 @@ CASES = {
     "choice, nothing valid": lambda: [
         check_choice(torch.full((1, 5), x), 3, 2, 0.0) for x in (NAN, -torch.inf, torch.inf)
     ],
-    "logits": lambda: [check_logits(d, prev) for d in (torch.float32, torch.float16) for prev in (False, True)],
+    "logits": lambda: [
+        check_logits(d, *how)
+        for d in (torch.float32, torch.float16)
+        for how in ((False,) * 2, (True, False), (True,) * 2)
+    ],
     "append": lambda: [check_append(d, rotates) for d in (torch.float32, torch.float16) for rotates in (False, True)],
     "moves": lambda: [check_moves(torch.float32, *how) for how in itertools.product((False, True), repeat=2)],
     "moves, fp16": lambda: [check_moves(torch.float16, *how) for how in itertools.product((False, True), repeat=2)],

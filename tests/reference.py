@@ -104,6 +104,14 @@ def topk_route(scores, k):
     return idx, mask.scatter(1, idx.long(), True)
 
 
+def topk_route_calibrate(scores, k, threshold, calibrations):
+    """Of topk_route idx and mask; then the threshold and the number of calibrations after one more."""
+    idx, mask = topk_route(scores, k)
+    lowest = torch.where(mask, scores, torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf).amin(1).mean()
+    moved = threshold + (1 / (calibrations + 1)).clamp(min=0.02) * (lowest - threshold)
+    return idx, mask, torch.where(lowest.isfinite(), moved, threshold).to(threshold.dtype), calibrations + 1
+
+
 def threshold_route(scores, threshold, cap):
     """The first `cap` indices of each row with scores >= threshold, then -1; and how many there are."""
     idx = torch.full((scores.shape[0], cap), -1, dtype=torch.int32, device=scores.device)
@@ -132,8 +140,9 @@ def route_scatter_add(base, y, idx, gate=None):
 
 
 def route_replace(base, y, idx, gate=None):
-    """out = base; out[b, idx[b, s]] += gate[b, s] (y[b, s] - out[b, idx[b, s]]), where idx is not negative."""
+    """With t = idx[b, s] not negative: out = base; out[b, t] += gate[b, t] (y[b, s] - out[b, t])."""
     x = base.to(wide(base.dtype))
+    gate = None if gate is None else gate.gather(1, idx.clamp(min=0).long())
     return route_scatter_add(x, y.to(x.dtype) - route_gather(x, idx), idx, gate).to(base.dtype)
 
 
@@ -208,12 +217,12 @@ def _earlier(x, offset):
 
 
 def causal_route_logits(x, weight, prev=None):
-    """logits_t = <weight[:dim], x_t> + <weight[dim:], x_{t-1}>, x_{-1} = prev or 0, widened."""
+    """logits_t = <weight[:dim], x_t> + <weight[dim:], x_{t-1}>, x_{-1} = prev or 0, widened; a short weight lacks the second."""
     dim = x.shape[2]
     now = x.to(wide(x.dtype))
     first = torch.zeros_like(now[:, :1]) if prev is None else prev.to(now.dtype)[:, None]
     before = torch.cat((first, now), 1)[:, : x.shape[1]]
-    return now @ weight[:dim] + before @ weight[dim:]
+    return now @ weight[:dim] + (before @ weight[dim:] if len(weight) > dim else 0)
 
 
 def rotate(x, positions, frequencies):

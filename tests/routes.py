@@ -20,8 +20,13 @@ def draw_route(batch, length, slots, empty=0, device="cpu"):
 def draw(batch, length, slots, dim, dtype, device, empty=0, layout=lambda x: x):
     base = layout(torch.randn(batch, length, dim, device=device).to(dtype))
     y = layout(torch.randn(batch, slots, dim, device=device).to(dtype))
-    gate = torch.rand(batch, slots, device=device).to(reference.wide(dtype))
+    gate = torch.rand(batch, length, device=device).to(reference.wide(dtype))
     return base, y, draw_route(batch, length, slots, empty, device), gate
+
+
+def of_op(function, gate, idx):
+    """The gate of every token as the op takes it: adding takes those of the slots."""
+    return gate if gate is None or function.__name__ == "route_replace" else gate[:, : idx.shape[1]]
 
 
 def evaluate(function, tensors, idx, incoming, dtype=None):
@@ -37,7 +42,8 @@ def check_scatter(base, y, idx, gate):
     incoming = torch.randn(base.shape, device=base.device).to(base.dtype)
 
     def run(function, dtype=None):
-        return evaluate(lambda t, i: function(t[0], t[1], i, t[2]), (base, y, gate), idx, incoming, dtype)
+        tensors = base, y, of_op(function, gate, idx)
+        return evaluate(lambda t, i: function(t[0], t[1], i, t[2]), tensors, idx, incoming, dtype)
 
     for function in (route_scatter_add, route_replace):
         of_torch = getattr(reference, function.__name__)

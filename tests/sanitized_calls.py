@@ -74,12 +74,13 @@ def routing(dtype, dims):
         gate = simplex_ops.surprise_gate(*rows, *numbers)[0]
         differentiate([gate], [*rows, *numbers])
         idx, _ = simplex_ops.topk_route(gate.detach(), (length + 1) // 2)
+        simplex_ops.topk_route_calibrate_(gate, length, *torch.zeros(2, device="cuda").unbind())
         simplex_ops.threshold_route(gate.detach(), 0.75, length)
-        weights = torch.rand(idx.shape, device="cuda", requires_grad=True)
-        for put_back in (simplex_ops.route_scatter_add, simplex_ops.route_replace):
-            y = simplex_ops.route_gather(rows[0], idx)
+        for put_back, of in ((simplex_ops.route_scatter_add, idx), (simplex_ops.route_replace, gate)):
+            y, weights = simplex_ops.route_gather(rows[0], idx), torch.rand(of.shape, device="cuda", requires_grad=True)
             differentiate([put_back(rows[1], y, idx, weights)], [rows[0], rows[1], weights])
         logits_of = (rows[2], torch.randn(2 * dim, device="cuda", requires_grad=True), rows[0][:, 0])
+        differentiate([simplex_ops.causal_route_logits(rows[2], logits_of[1][:dim])], logits_of[:2])
         differentiate(
             [simplex_ops.causal_route_logits(*logits_of[:2], before) for before in (None, logits_of[2])], logits_of[:2]
         )

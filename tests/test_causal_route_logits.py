@@ -50,11 +50,14 @@ def test_is_its_equation(device, length):
             x, weight, prev = draw(2, length, dim, dtype, device)
             check(x, weight, prev)
             check(x, weight, None)
+            check(x, weight[:dim], None)
 
 
 def test_wide_rows_and_many_blocks(device):
     for dtype in DTYPES[device]:
-        check(*draw(1, 70, 2056, dtype, device))
+        x, weight, prev = draw(1, 70, 2056, dtype, device)
+        check(x, weight, prev)
+        check(x, weight[:2056], None)
 
 
 def test_layouts(device):
@@ -93,10 +96,10 @@ def test_two_runs_give_the_same_bits(device):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("with_prev", [False, True])
-def test_gradcheck_and_opcheck(device, with_prev):
+@pytest.mark.parametrize(("looks_back", "with_prev"), [(False, False), (True, False), (True, True)])
+def test_gradcheck_and_opcheck(device, looks_back, with_prev):
     x, weight, prev = draw(2, 5, 8, torch.float32, device)
-    rest = (prev,) if with_prev else ()
+    weight, rest = weight if looks_back else weight[:8], (prev,) if with_prev else ()
     torch.library.opcheck(backward, (torch.randn(2, 5, device=device), x, weight, *rest))
     torch.library.opcheck(op, (x, weight, *rest))
     leaves = [t.requires_grad_() for t in (x, weight, *rest)]
@@ -129,13 +132,18 @@ def test_flops(device):
     with FlopCounterMode(display=False) as counter:
         causal_route_logits(x, weight, prev).sum().backward()
     assert counter.get_total_flops() == 3 * 4 * 2 * 5 * 8
+    with FlopCounterMode(display=False) as counter:
+        causal_route_logits(x, weight[:8])
+    assert counter.get_total_flops() == 2 * 2 * 5 * 8
 
 
 GOOD = {"x": (2, 5, 8), "weight": (16,), "prev": (2, 8)}
 BAD = [
     ({"x": (5, 8)}, "x to be 3-dimensional [batch, length, dim], got 2 dimensions"),
     ({"x": torch.int32}, "x to be float32"),
-    ({"weight": (8,)}, "weight to have shape [16] (twice the last dim of x), got [8]"),
+    ({"weight": (9,)}, "weight to have shape [16] (twice the last dim of x, or once), got [9]"),
+    ({"weight": (1, 8)}, "weight to have shape [16] (twice the last dim of x, or once), got [1, 8]"),
+    ({"weight": (8,)}, "no prev with a weight of 8 elements, which looks at no token before"),
     ({"weight": torch.float16}, "weight to have dtype Float, got Half"),
     ({"prev": (2, 9)}, "prev to have shape [2, 8] (batch, last dim of x), got [2, 9]"),
     ({"prev": torch.float16}, "prev to have the dtype of x (Float), got Half"),
@@ -166,10 +174,10 @@ def test_bad_input(place, changes, error):
 
 @given(
     batch=st.integers(0, 3), length=st.integers(0, 40), dim=st.integers(1, 40), dtype=st.sampled_from(DTYPES["cpu"]),
-    with_prev=st.booleans(), seed=st.integers(0, 2**32),
+    looks_back=st.booleans(), with_prev=st.booleans(), seed=st.integers(0, 2**32),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_any_size(batch, length, dim, dtype, with_prev, seed):
+def test_any_size(batch, length, dim, dtype, looks_back, with_prev, seed):
     torch.manual_seed(seed)
     x, weight, prev = draw(batch, length, dim, dtype, "cpu")
-    check(x, weight, prev if with_prev else None)
+    check(x, weight if looks_back else weight[:dim], prev if with_prev and looks_back else None)

@@ -11,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import DTYPES as PROBLEM_DTYPES
 from problem import assert_same_bits, expanded, last_dim_strided, odd_offset, padded_rows
-from routes import check_gather, check_scatter, draw
+from routes import check_gather, check_scatter, draw, of_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import simplex_ops
-from simplex_ops import route_gather, route_replace, route_scatter_add, threshold_route, topk_route
+from simplex_ops import (
+    route_gather,
+    route_replace,
+    route_scatter_add,
+    threshold_route,
+    topk_route,
+    topk_route_calibrate_,
+)
 
 ops = torch.ops.simplex
 DTYPES = {device: [*dict.fromkeys([*dtypes, torch.float16])] for device, dtypes in PROBLEM_DTYPES.items()}
@@ -110,6 +117,26 @@ def test_threshold_is_causal(device):
         assert a[(a >= 0) & (a < 30)].tolist() == b[(b >= 0) & (b < 30)].tolist()
 
 
+@pytest.mark.parametrize("kind", SCORES)
+def test_calibration(device, kind):
+    """From the first one, the plain average, to the moving one; what is not finite counts but moves nothing."""
+    for batch, length, k in ((1, 1, 1), (3, 100, 30), (200, 4096, 2048), (9, 5000, 2500)):
+        threshold, calibrations = torch.tensor(0.3, device=device), torch.zeros((), device=device)
+        for _ in range(3):
+            scores = SCORES[kind](batch, length).to(device)
+            truth = reference.topk_route_calibrate(scores.double(), k, threshold.double(), calibrations)
+            actual = (*topk_route_calibrate_(scores, k, threshold, calibrations), threshold, calibrations)
+            assert all(torch.equal(a, t) for a, t in zip(actual[:2], truth[:2], strict=True))
+            torch.testing.assert_close(threshold.double(), truth[2], rtol=1e-5, atol=1e-6)
+            assert calibrations == truth[3]
+    strided = torch.randn(6, 4, device=device).t()
+    calibrations.fill_(1000)
+    topk_route_calibrate_(strided, 6, threshold.fill_(0), calibrations)
+    assert threshold.item() == pytest.approx(0.02 * strided.amin(1).mean().item(), rel=1e-5)
+    topk_route_calibrate_(strided[:0], 2, threshold, calibrations)
+    assert calibrations == 1001
+
+
 # Moves
 
 
@@ -143,7 +170,7 @@ def test_other_rows_keep_their_bits(device):
         base[:] = SPECIAL.to(dtype).repeat(12)[:144].view(9, 16)
         mask = torch.zeros(2, 9, dtype=torch.bool, device=device).scatter(1, idx[:, :3].long(), True)
         for function in (route_scatter_add, route_replace):
-            assert_same_bits(function(base, y, idx, gate)[~mask], base[~mask])
+            assert_same_bits(function(base, y, idx, of_op(function, gate, idx))[~mask], base[~mask])
 
 
 def test_replaced_rows_are_the_new_ones_bit_by_bit(device):
@@ -190,7 +217,7 @@ def test_gradcheck():
     )
     assert torch.autograd.gradcheck(route_gather, (base, idx))
     for function in (route_scatter_add, route_replace):
-        assert torch.autograd.gradcheck(function, (base, y, idx, gate))
+        assert torch.autograd.gradcheck(function, (base, y, idx, of_op(function, gate, idx)))
         assert torch.autograd.gradcheck(function, (base, y, idx))
 
 
@@ -200,12 +227,14 @@ def test_opcheck(device, requires_grad):
     torch.library.opcheck(ops.topk_route.default, (torch.randn(2, 9, device=device).requires_grad_(requires_grad), 4))
     torch.library.opcheck(ops.threshold_route.default, (torch.randn(2, 9, device=device), 0.3, 4))
     torch.library.opcheck(ops.route_gather_backward.default, (y, base, idx))
-    torch.library.opcheck(ops.route_scatter_add_backward.default, (base, y, idx, gate))
+    torch.library.opcheck(ops.route_scatter_add_backward.default, (base, y, idx, gate[:, :3]))
     torch.library.opcheck(ops.route_scatter_add_backward.default, (base, y, idx))
     torch.library.opcheck(ops.route_replace_backward.default, (base, base, y, idx, gate))
+    numbers = torch.tensor([0.5, 3.0], device=device).unbind()
+    torch.library.opcheck(ops.topk_route_calibrate_.default, (gate, 4, *numbers))
     base, y, gate = (x.requires_grad_(requires_grad) for x in (base, y, gate))
     torch.library.opcheck(ops.route_gather.default, (base, idx))
-    torch.library.opcheck(ops.route_scatter_add.default, (base, y, idx, gate))
+    torch.library.opcheck(ops.route_scatter_add.default, (base, y, idx, gate[:, :3]))
     torch.library.opcheck(ops.route_scatter_add.default, (base, y, idx))
     torch.library.opcheck(ops.route_replace.default, (base, y, idx, gate))
 
@@ -213,8 +242,7 @@ def test_opcheck(device, requires_grad):
 def routed(x, scores, k):
     """A whole route, with a stand-in for the layer."""
     idx, _ = topk_route(scores, k)
-    gate = torch.gather(scores, 1, idx.long())
-    return route_replace(x, torch.tanh(route_gather(x, idx)), idx, gate)
+    return route_replace(x, torch.tanh(route_gather(x, idx)), idx, scores)
 
 
 def test_compile(device):
@@ -282,8 +310,9 @@ GOOD = {
     "route_gather_backward": {"grad_y": (2, 3, 8), "x": (2, 5, 8), "idx": (2, 3)},
     "route_scatter_add": {"base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 3)},
     "route_scatter_add_backward": {"grad_out": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 3)},
-    "route_replace": {"base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 3)},
-    "route_replace_backward": {"grad_out": (2, 5, 8), "base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 3)},
+    "route_replace": {"base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 5)},
+    "route_replace_backward": {"grad_out": (2, 5, 8), "base": (2, 5, 8), "y": (2, 3, 8), "idx": (2, 3), "gate": (2, 5)},
+    "topk_route_calibrate_": {"scores": (2, 5), "k": 3, "threshold": (), "calibrations": ()},
 }
 BAD = [
     ("topk_route", {"scores": (5,)}, "scores to be 2-dimensional [batch, length], got 1 dimensions"),
@@ -309,6 +338,11 @@ BAD = [
     ("route_scatter_add", {"gate": torch.bfloat16}, "gate to have dtype Float, got BFloat16"),
     ("route_scatter_add_backward", {"y": (2, 4, 8)}, "y to have shape [2, 3, 8] (batch, slots of idx, dim), got [2, 4, 8]"),
     ("route_replace", {"y": (2, 3, 9)}, "y to have shape [2, 3, 8] (batch, slots of idx, dim), got [2, 3, 9]"),
+    ("route_replace", {"gate": (2, 3)}, "gate to have shape [2, 5] (batch, length), got [2, 3]"),
+    ("topk_route_calibrate_", {"scores": (5,)}, "scores to be 2-dimensional [batch, length], got 1 dimensions"),
+    ("topk_route_calibrate_", {"k": 6}, "k to be from 1 to the length of scores (5), got 6"),
+    ("topk_route_calibrate_", {"threshold": (1,)}, "threshold to have shape [] (one number), got [1]"),
+    ("topk_route_calibrate_", {"calibrations": torch.float16}, "calibrations to have dtype Float, got Half"),
     ("route_replace_backward", {"base": (2, 6, 8)}, "base to have shape [2, 5, 8] (that of grad_out), got [2, 6, 8]"),
     ("route_replace_backward", {"base": torch.float16}, "base to have the dtype of grad_out (Float), got Half"),
 ]  # fmt: skip

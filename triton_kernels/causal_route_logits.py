@@ -1,7 +1,9 @@
 """The causal router's logits (arXiv 2511.21408): portable Triton kernels, forward and backward.
 
 Forward is a program per token, which reads its row and the one before it (the second from the cache, since its neighbour just
-read it). Backward is a program per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
+read it), or its row only where dim_before, the columns of the row before that count, is 0. It goes from the last row to the first:
+the L2 still holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program
+per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
 """
 
 import itertools
@@ -15,32 +17,40 @@ from triton_kernels.variant import Variant
 @triton.jit
 def causal_route_logits_fwd(
     x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16", logits_ptr: "*fp32:16",
-    length: "i32", dim: "i32:8", has_prev: "i32",
+    length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    # How many elements there are to read of the row before: none of at least one of its two places.
-    of_x = tl.where(row % length == 0, 0, dim)
-    of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = d < dim
-        x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
-        before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
-        total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
+    if dim_before == 0:
+        # Unrolled, a thread waits for several loads at once; with the row before it runs out of registers.
+        for start in tl.range(0, dim, BLOCK_D, loop_unroll_factor=4):
+            d = start + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+            total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
+    else:
+        # How many elements there are to read of the row before: none of at least one of its two places.
+        of_x = tl.where(row % length == 0, 0, dim)
+        of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = d < dim
+            x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
+            before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
+            before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
+            total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
+            total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
     tl.store(logits_ptr + row, tl.sum(total))
 
 
 @triton.jit
 def causal_route_logits_bwd(
     grad_logits_ptr: "*fp32:16", x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16",
-    grad_x_ptr: "*dtype:16", grad_prev_ptr: "*dtype:16", parts_ptr: "*fp32:16", length: "i32", dim: "i32:8", has_prev: "i32",
+    grad_x_ptr: "*dtype:16", grad_prev_ptr: "*dtype:16", parts_ptr: "*fp32:16",
+    length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """parts [programs, 2 dim]: what the tokens of a block add to the weight's gradient, whose sum is the host's."""
+    """parts [programs, dim + dim_before]: what the tokens of a block add to the weight's gradient, whose sum is the host's."""
     blocks = tl.cdiv(length, BLOCK_T)
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     start_t = tl.program_id(0) % blocks * BLOCK_T
@@ -50,26 +60,27 @@ def causal_route_logits_bwd(
     following = tl.load(grad_logits_ptr + t + 1, mask=t + 1 < length, other=0.0)[:, None]
     first = tl.load(grad_logits_ptr)  # the first token's gradient reaches what came before it
     of_prev = tl.where((start_t == 0) & (has_prev != 0), dim, 0)
-    parts_ptr += tl.program_id(0).to(tl.int64) * 2 * dim
+    parts_ptr += tl.program_id(0).to(tl.int64) * (dim + dim_before)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = d < dim
         row = (sequence * length + t)[:, None] * dim + d[None, :]
         mask = (t < length)[:, None] & inside[None, :]
         now = tl.load(weight_ptr + d, mask=inside, other=0.0)
-        before = tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
+        before = tl.load(weight_ptr + dim + d, mask=d < dim_before, other=0.0)
         grad = own * now[None, :] + following * before[None, :]
         tl.store(grad_x_ptr + row, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x = tl.load(x_ptr + row, mask=mask, other=0.0).to(tl.float32)
         prev = tl.load(prev_ptr + sequence * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
         tl.store(parts_ptr + d, tl.sum(own * x, 0), mask=inside)
-        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + first * prev, mask=inside)
+        tl.store(parts_ptr + dim + d, tl.sum(following * x, 0) + first * prev, mask=d < dim_before)
         grad_prev = (first * before).to(grad_x_ptr.dtype.element_ty)
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
-# Forward on the H100, 8 x 4096 x 2048 bf16, of a copy's bandwidth (BLOCK_D, warps): (512, 2) 0.88, (1024, 2) 0.82, (1024, 4) 0.81,
-# (512, 4) 0.72, (2048, 8) 0.66. Backward: not measured.
+# Forward on the H100, 8 x 4096 x 2048 bf16, behind a kernel that writes x, us without and with a row before: (512, 2) 43 and 51,
+# (1024, 2) 43 and 55, (512, 1) 44 and 54, (256, 1) 48 and 53; tiles of 2 and 4 rows with 1 warp 43 and 50, with more up to 52 and 68;
+# unrolled loops are no faster. Without the branch for a row alone that took 58. Backward: not measured.
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):

@@ -5,7 +5,9 @@ of the scores that sorts as they do, by counting the scores at or above a candid
 in registers meanwhile, and each round settles two bits. What reaches the threshold is then written in the order of time, ties
 from the left.
 
-The moves read and write every row once, a few rows a program. Adding back goes by the rows of the result: `route_slots` leaves
+The moves read and write every row once. Gathering goes from the first row to the last, because what made the scores came from the
+other end, and adding back from the last to the first, because the block ended with the last: each finds in the L2 what was just
+there. Adding back goes by the rows of the result: `route_slots` leaves
 for each row which slot it takes, so that untouched rows are copied on the way. An index outside [0, length) moves nothing, so
 that none corrupts memory.
 """
@@ -42,17 +44,15 @@ def _count_from(scores_ptr, least, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kth_of_block(image, k):
-    """The k-th largest image, two bits a round: three counts of at most 2^21, packed, take one sum."""
-    least = tl.full([], -2147483648, tl.int64)
+    """The k-th largest image, two bits a round by three counts, of which the first two, of at most 2^15, share a sum."""
+    least = tl.full([], -2147483648, tl.int32)
     for i in range(0, 16):
-        step = tl.full([], 1, tl.int64) << (30 - 2 * i)
-        reach_1 = (image >= (least + step).to(tl.int32)).to(tl.int64)
-        reach_2 = (image >= (least + 2 * step).to(tl.int32)).to(tl.int64)
-        reach_3 = (image >= (least + 3 * step).to(tl.int32)).to(tl.int64)
-        counts = tl.sum(reach_1 + (reach_2 << 21) + (reach_3 << 42))
-        digit = ((counts & 0x1FFFFF) >= k).to(tl.int64) + (((counts >> 21) & 0x1FFFFF) >= k).to(tl.int64)
-        least += step * (digit + ((counts >> 42) >= k).to(tl.int64))
-    return least.to(tl.int32)
+        step = tl.full([], 1, tl.int32) << (30 - 2 * i)
+        two = least + step + step
+        counts = tl.sum(tl.where(image >= two, 65537, tl.where(image >= least + step, 1, 0)))
+        digit = ((counts & 0xFFFF) >= k).to(tl.int32) + ((counts >> 16) >= k).to(tl.int32)
+        least += step * (digit + (tl.sum((image >= two + step).to(tl.int32)) >= k).to(tl.int32))
+    return least
 
 
 @triton.jit
@@ -84,9 +84,10 @@ def _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length):
 
 @triton.jit
 def route_topk(
-    scores_ptr: "*fp32:16", idx_ptr: "*i32:16", mask_ptr: "*i8:16", length: "i32", k: "i32",
-    BLOCK: tl.constexpr,
+    scores_ptr: "*fp32:16", idx_ptr: "*i32:16", mask_ptr: "*i8:16", lowest_ptr: "*fp32:16", length: "i32", k: "i32",
+    has_lowest: "i32", BLOCK: tl.constexpr,
 ):
+    """lowest: the k-th score of each sequence, for `route_calibrate`."""
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * length
     idx_ptr += row * k
@@ -107,6 +108,8 @@ def route_topk(
             t = start + tl.arange(0, BLOCK)
             image = _load_images(scores_ptr, t, length)
             ties, placed = _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
+    if has_lowest != 0:
+        tl.store(lowest_ptr + row, (bar ^ ((bar >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -128,6 +131,23 @@ def route_threshold(
         slot = start + tl.arange(0, BLOCK)
         tl.store(idx_ptr + row * cap + slot, tl.full([BLOCK], -1, tl.int32), mask=(slot >= placed) & (slot < cap))
     tl.store(count_ptr + row, placed)
+
+
+@triton.jit
+def route_calibrate(
+    threshold_ptr: "*fp32", calibrations_ptr: "*fp32", lowest_ptr: "*fp32:16", batch: "i32",
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([], tl.float32)
+    for start in range(0, batch, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(lowest_ptr + row, mask=row < batch, other=0.0))
+    lowest = total / batch
+    calibrations = tl.load(calibrations_ptr) + 1
+    tl.store(calibrations_ptr, calibrations)
+    before = tl.load(threshold_ptr)
+    after = before + tl.maximum(1 / calibrations, 0.02) * (lowest - before)
+    tl.store(threshold_ptr, tl.where(tl.abs(lowest) < float("inf"), after, before))
 
 
 @triton.jit
@@ -165,11 +185,12 @@ def route_scatter_add_rows(
     rows: "i32", dim: "i32:8", has_base: "i32", has_gate: "i32", replaces: "i32",
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """rows: of all sequences. Adds y to the base, or puts it in its place; without a base, in the place of zeros."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """rows: of all sequences. Adds y to the base, or puts it in its place; without a base, in the place of zeros. The gate is
+    one number for each slot, and for each row where y replaces."""
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_of_ptr + row, mask=row < rows, other=-1)
-    gated = tl.where(has_gate != 0, slot, -1)
-    gate = tl.load(gate_ptr + gated, mask=gated >= 0, other=1.0)[:, None]
+    of_gate = tl.where(replaces != 0, row, slot)
+    gate = tl.load(gate_ptr + of_gate, mask=tl.where(has_gate != 0, slot, -1) >= 0, other=1.0)[:, None]
     routed = (slot >= 0)[:, None]
     wanted = (row < rows)[:, None]
     whole = replaces > has_gate  # y itself: what it replaces is not read
@@ -200,10 +221,11 @@ def route_scatter_add_bwd(
     length: "i32", slots: "i32", dim: "i32:8", has_gate: "i32", replaces: "i32",
     BLOCK_D: tl.constexpr,
 ):
-    """grad_base holds grad_out; rows that were replaced get what their gate left of them."""
+    """grad_base holds grad_out; rows that were replaced get what their gate left of them. grad_gate holds zeros then."""
     slot, row, present = _slot(idx_ptr, length, slots, dim)
     replaced = tl.where(replaces != 0, present, 0)
-    gate = tl.load(gate_ptr + slot, mask=has_gate != 0, other=1.0)
+    of_gate = tl.where(replaces != 0, row, slot)
+    gate = tl.load(gate_ptr + of_gate, mask=tl.where(has_gate != 0, present, 0) > 0, other=1.0)
     dot = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -215,19 +237,22 @@ def route_scatter_add_bwd(
         tl.store(grad_base_ptr + row * dim + d, of_base.to(grad_base_ptr.dtype.element_ty), mask=d < replaced)
         tl.store(grad_y_ptr + slot * dim + d, (gate * grad).to(grad_y_ptr.dtype.element_ty), mask=d < dim)
     if has_gate != 0:
-        tl.store(grad_gate_ptr + slot, tl.sum(dot))
+        tl.store(grad_gate_ptr + of_gate, tl.sum(dot), mask=tl.where(replaces != 0, present, 1) > 0)
 
 
-# On the H100, 8 x 4096 x 2048 bf16, half of the tokens, 13 tiles of 1 to 16 rows gather in 48 to 52 us and add back in 113 to 127,
-# but for 8 rows with 16 warps (148). Scores of 64 x 4096 tokens: 12 us with 4 or 8 warps, 14 with 16, 18 with 32.
+# On the H100, 8 x 4096 x 2048 bf16, half of the tokens, tiles of 1 to 4 rows gather in 47 to 48 us behind the kernel of the logits, in
+# 49 to 50 from the other end, and add back in 110 to 113 (16 rows: 127). Scores of 8 x 4096 tokens: 10.0 us with 4 warps, 10.6 with 8,
+# 12 with 16; 11.7 with three counts in one int64, 14.1 by 3 bits a round, 14.0 by histograms of 8 bits, and up to 20 by a loop that
+# ends as soon as no more than k images reach the bar.
 def _variants() -> list[Variant]:
     table = []
     for arch in ("sm80", "sm90a", "sm100f", "sm120f"):
-        for kernel in (route_topk, route_threshold):
-            table.append(Variant(kernel, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
+        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "num_warps": 4}))
+        table.append(Variant(route_threshold, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_slots, arch, {}, {"BLOCK": 1024, "num_warps": 4}))
+        table.append(Variant(route_calibrate, arch, {}, {"BLOCK": 128, "num_warps": 1}))
         for dtype in ("bf16", "fp16", "fp32"):
-            rows = {"ROWS": 4, "BLOCK_D": 512 if dtype == "fp32" else 1024, "num_warps": 8}
+            rows = {"ROWS": 1, "BLOCK_D": 1024 if dtype == "fp32" else 2048, "num_warps": 4}
             if dtype != "bf16":  # a plain move takes fp16 for all that is two bytes wide
                 table.append(Variant(route_gather_rows, arch, {"dtype": dtype}, rows))
             table.append(Variant(route_scatter_add_rows, arch, {"dtype": dtype}, rows))

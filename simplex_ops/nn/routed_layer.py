@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simplex_ops.nn.keeps_dtype import KeepsDtype
-from simplex_ops.routing import route_gather, route_replace, threshold_route, topk_route
+from simplex_ops.routing import route_gather, route_replace, threshold_route, topk_route, topk_route_calibrate_
 
 
 class Reports(nn.Module):
@@ -65,17 +65,12 @@ class RoutedLayer(Reports, KeepsDtype):
         that `capacity` is. A token that finds the cache of its text full is skipped."""
         return self.block.new_cache(batch, slots_of(max_length, self.capacity) if slots is None else slots)  # type: ignore[operator]
 
-    def top_k(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(idx, mask) of the tokens that training routes."""
-        return topk_route(scores.detach(), slots_of(scores.shape[1], self.capacity))
-
-    @torch.no_grad()
-    def calibrate(self, chosen: Tensor) -> None:
-        """Moves the threshold towards the lowest chosen score of each sequence; at first it is their plain average."""
-        lowest = chosen.amin(1).mean().to(self.threshold.dtype)
-        self.calibrations += 1
-        weight = (1 / self.calibrations).clamp(min=0.02)
-        self.threshold.lerp_(torch.where(lowest.abs() < math.inf, lowest, self.threshold), weight)
+    def top_k(self, scores: Tensor, calibrates: bool = False) -> tuple[Tensor, Tensor]:
+        """(idx, mask) of the tokens that training routes. `calibrates`: moves the threshold towards their lowest score."""
+        k = slots_of(scores.shape[1], self.capacity)
+        if calibrates:
+            return topk_route_calibrate_(scores, k, self.threshold, self.calibrations)
+        return topk_route(scores.detach(), k)
 
     def by_threshold(
         self, scores: Tensor, positions: Tensor | None, cache: list[Tensor] | None = None
@@ -92,7 +87,7 @@ class RoutedLayer(Reports, KeepsDtype):
             mask = mask & (mask.cumsum(1) <= room[:, None])
             count = torch.minimum(count, room)
         if self.trim:
-            idx = idx[:, : int(count.max())]
+            idx = idx[:, : int(count.max())].contiguous()  # once for all who take it
         return idx, mask
 
     def run(
@@ -105,7 +100,7 @@ class RoutedLayer(Reports, KeepsDtype):
     ) -> Tensor:
         """x + gate * (block(x) - x) at idx, the routed tokens with the positions that they had; x elsewhere.
 
-        gate [batch, slots] is theirs; without positions [batch, length] these are the indices.
+        The gate is one of all tokens, [batch, length]; without positions [batch, length] these are the indices.
         """
         if idx.shape[1] == 0:
             return x
@@ -119,20 +114,18 @@ class RoutedLayer(Reports, KeepsDtype):
     def route(
         self,
         x: Tensor,
-        weight: Tensor,
+        scores: Tensor,
+        gate: Tensor,
         positions: Tensor | None,
         cache: list[Tensor] | None = None,
         **report: Tensor,
     ) -> Tensor:
-        """Routes by weight [batch, length], and weighs the block's update by it."""
+        """Routes by scores [batch, length], and weighs the block's update by a gate of that shape."""
         if self.training and cache is None:
-            idx, mask = self.top_k(weight)
-            gate = weight.gather(1, idx.long())
-            self.calibrate(gate.detach())
+            idx, mask = self.top_k(scores, calibrates=True)
         else:
-            idx, mask = self.by_threshold(weight, positions, cache)
-            gate = weight.gather(1, idx.clamp(min=0).long())
-        self.tell(mask=mask, gate=weight, **report)
+            idx, mask = self.by_threshold(scores, positions, cache)
+        self.tell(mask=mask, gate=gate, **report)
         return self.run(x, idx, gate, positions, cache)
 
 

@@ -164,7 +164,7 @@ class DynamicLayer(RoutedLayer):
         self, x: Tensor, gate: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None
     ) -> Tensor:
         """x [batch, length, dim] and its gates [batch, length], as a `DecisionLayer` returns them."""
-        return self.route(x, gate, expanded(positions, x), cache, load=gate)
+        return self.route(x, gate, gate, expanded(positions, x), cache, load=gate)
 
 
 class SubjectiveDepthLayer(nn.Module):
@@ -195,7 +195,12 @@ class SubjectiveDepthLayer(nn.Module):
 
 
 class MixtureOfDepthsLayer(RoutedLayer):
-    """The baseline: tokens are chosen and updates weighted by a linear router (arXiv 2404.02258), otherwise a `DynamicLayer`."""
+    """The baseline: tokens are chosen by a linear router (arXiv 2404.02258), otherwise a `DynamicLayer`.
+
+    Updates are weighted by the sigmoid of the router's logit, which is between 0 and 1 as the gate of a `DynamicLayer` is. By the
+    logit itself, as published, the update grows with the stream that it is added to: at a learning rate that the other layers
+    bear, training diverges (docs/routing.md).
+    """
 
     def __init__(
         self, block: nn.Module, dim: int, capacity: float = 0.5, *, device: torch.device | str | None = None
@@ -204,8 +209,6 @@ class MixtureOfDepthsLayer(RoutedLayer):
         self.router = nn.Linear(dim, 1, bias=False, device=device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
-        # The op of the causal router, blind for the token before: it reads 16-bit data and adds up in float32, where a
-        # linear layer would tie or copy.
-        of_token = self.router.weight[0].to(wide(x.dtype))
-        weight = causal_route_logits(x, F.pad(of_token, (0, x.shape[-1])))
-        return self.route(x, weight, expanded(positions, x), cache)
+        # The op reads 16-bit data and adds up in float32, where a linear layer would tie or copy.
+        logits = causal_route_logits(x, self.router.weight[0].to(wide(x.dtype)))
+        return self.route(x, logits, torch.sigmoid(logits), expanded(positions, x), cache)

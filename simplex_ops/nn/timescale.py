@@ -90,7 +90,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         idx, mask = self.top_k(g)
         logits = self.router(x.detach())
         # The student's own threshold: where it routes as many as the teacher does.
-        self.calibrate(logits.detach().gather(1, self.top_k(logits)[0].long()))
+        self.top_k(logits, calibrates=True)
         self.tell(
             mask=mask,
             gate=g,
@@ -102,10 +102,9 @@ class SubjectiveTimescaleLayer(RoutedLayer):
             router_accuracy=((logits.detach() >= self.threshold) == mask).to(logits.dtype).mean(),
             load=torch.sigmoid(logits),
         )
-        gate = g.gather(1, idx.long())
         if self.passes == 2:
-            return self.run(x, idx, gate, positions)
-        return route_replace(x, route_gather(x_post.to(x.dtype), idx), idx, gate)
+            return self.run(x, idx, g, positions)
+        return route_replace(x, route_gather(x_post.to(x.dtype), idx), idx, g)
 
     def _follow(self, x: Tensor, positions: Tensor | None, cache: list[Tensor] | None) -> Tensor:
         prev = None if cache is None else cache[-1].to(x.dtype)
