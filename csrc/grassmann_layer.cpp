@@ -89,6 +89,19 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
   return {out, z, g, logits};
 }
 
+Tensor row_range(Tensor matrix, int64_t first, int64_t count) { return torch::stable::narrow(matrix, 0, first, count); }
+
+Tensor columns(Tensor matrix, int64_t first, int64_t count) { return torch::stable::narrow(matrix, 1, first, count); }
+
+// The rows of a above those of b.
+Tensor stacked(const Tensor& a, const Tensor& b) {
+  const Tensor both = empty_like_device(a, {a.size(0) + b.size(0), a.size(1)}, a.scalar_type());
+  Tensor upper = row_range(both, 0, a.size(0)), lower = row_range(both, a.size(0), b.size(0));
+  torch::stable::copy_(upper, a);
+  torch::stable::copy_(lower, b);
+  return both;
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients grassmann_layer_backward(const Tensor& grad_out, const Tensor& x, const Tensor& reduce_weight,
@@ -105,33 +118,40 @@ Gradients grassmann_layer_backward(const Tensor& grad_out, const Tensor& x, cons
     expect_shape_of(op, name, *t, "x", x);
     expect_like(op, name, *t, "x", x);
   }
-  const int64_t tokens = p.tokens();
-  const Tensor rows = packed(x), mixed_rows = packed(g), all = empty_like_device(x, {tokens, 1}, p.dtype);
-  Tensor ones = all;
-  torch::stable::fill_(ones, 1.0);
-  const auto sum_to = [&](const Tensor& of, const Tensor& to) {  // a product is faster than torch's sum
-    multiply(transposed(of), ones, torch::stable::view(to, {to.size(0), 1}));
-  };
-  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
-
-  const auto [grad_x, grad_g, grad_logits] = blend_gradients(packed(grad_out), rows, mixed_rows, packed(logits));
-  const Tensor to_x = flat(grad_x, tokens), of_logits = flat(grad_logits, tokens);
-  const Tensor grad_gate_x = like(gate_x_weight), grad_gate_g = like(gate_g_weight);
-  const Tensor grad_gate_bias = empty_like_device(x, {d}, p.dtype);
-  multiply(transposed(of_logits), flat(rows, tokens), grad_gate_x);
-  multiply(transposed(of_logits), flat(mixed_rows, tokens), grad_gate_g);
-  sum_to(of_logits, grad_gate_bias);
-  multiply_add(of_logits, gate_x_weight, to_x);
+  const int64_t tokens = p.tokens(), both = d + p.r;
+  const auto empty = [&](std::initializer_list<int64_t> shape) { return empty_like_device(x, shape, p.dtype); };
+  const Tensor rows = packed(x), g_rows = packed(g), x_matrix = flat(rows, tokens);
+  // The gradients of the logits and of z side by side: x owes its gradient to both, and they owe their weights to x.
+  const Tensor wide = empty({tokens, (both + 7) / 8 * 8});
+  const Tensor of_both = columns(wide, 0, both), of_logits = columns(wide, 0, d);
+  const Tensor grad_x = empty({p.B, p.L, d}), grad_g = empty({p.B, p.L, d});
+  blend_gradients(packed(grad_out), rows, g_rows, packed(logits), {grad_x, grad_g, of_logits});
+  const Tensor grad_gate_g = empty({d, d});
+  multiply(transposed(of_logits), flat(g_rows, tokens), grad_gate_g);
   multiply_add(of_logits, gate_g_weight, flat(grad_g, tokens));
 
   const auto [grad_z, grad_expand, grad_expand_bias] = mix_gradients(p, grad_g, expand_weight, false);
-  const Tensor of_z = flat(grad_z, tokens);
-  const Tensor grad_reduce = like(reduce_weight), grad_reduce_bias = empty_like_device(x, {p.r}, p.dtype);
-  multiply(transposed(of_z), flat(rows, tokens), grad_reduce);
-  sum_to(of_z, grad_reduce_bias);
-  multiply_add(of_z, reduce_weight, to_x);
-  return {grad_x,           grad_reduce, grad_reduce_bias, grad_expand,
-          grad_expand_bias, grad_gate_x, grad_gate_g,      grad_gate_bias};
+  Tensor of_z = columns(wide, d, p.r);
+  torch::stable::copy_(of_z, flat(grad_z, tokens));
+  multiply_add(of_both, stacked(gate_x_weight, reduce_weight), flat(grad_x, tokens));
+  const Tensor grad_weights = empty({both, d}), grad_biases = empty({both, 1});
+  multiply(transposed(of_both), x_matrix, grad_weights);
+  Tensor ones = empty({tokens, 1});
+  torch::stable::fill_(ones, 1.0);
+  multiply(transposed(of_both), ones, grad_biases);  // faster than torch's sum
+  const auto part = [](const Tensor& of, int64_t first, std::initializer_list<int64_t> shape) {
+    Tensor copy = empty_like_device(of, shape, of.scalar_type());
+    torch::stable::copy_(copy, torch::stable::view(row_range(of, first, *shape.begin()), shape));
+    return copy;
+  };
+  return {grad_x,
+          part(grad_weights, d, {p.r, d}),
+          part(grad_biases, d, {p.r}),
+          grad_expand,
+          grad_expand_bias,
+          part(grad_weights, 0, {d, d}),
+          grad_gate_g,
+          part(grad_biases, 0, {d})};
 }
 
 }  // namespace
