@@ -56,7 +56,7 @@ def grassmann_blend_fwd(
 @triton.jit
 def grassmann_blend_bwd(
     grad_out_ptr: "*dtype:16", h_ptr: "*dtype:16", g_ptr: "*dtype:16", logits_ptr: "*dtype:16", grad_h_ptr: "*dtype:16",
-    grad_g_ptr: "*dtype:16", grad_logits_ptr: "*dtype:16", numel: "i64", row_chunks: "i32", stride: "i64:8",
+    grad_g_ptr: "*dtype:16", grad_logits_ptr: "*dtype:16", row_chunks: "i32", stride: "i64:8", numel: "i64",
     BLOCK: tl.constexpr,
 ):
     """grad_logits has rows of 8 * row_chunks elements, `stride` apart; what is in one piece is one row."""
