@@ -38,28 +38,17 @@ GrassmannMix checked_grassmann_mix(const char* op, const Tensor& z, const Tensor
   return {front, d};
 }
 
-namespace {
-
-// The mean [B, L - history, P] and where there is one [B, L - history, 1].
-std::pair<Tensor, Tensor> front_end(const PluckerMean& p, const PluckerFrames& frames) {
-  Tensor pbar = empty_like_device(p.z, {p.B, p.L - p.history, p.planes()}, p.dtype);
-  Tensor seen = empty_like_device(p.z, {p.B, p.L - p.history, 1}, p.dtype);
-  plucker_mean_forward(p, frames, pbar, seen);
-  return {pbar, seen};
-}
-
-}  // namespace
-
 Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, int64_t empty,
              bool bias_everywhere) {
   if (p.outputs() * weight.size(0) == 0) {
     return empty_like_device(p.z, {p.B, p.L - p.history, weight.size(0)}, p.dtype);
   }
-  const auto [pbar, seen] = front_end(p, plucker_frames(p));
-  Tensor g = linear(pbar, weight, bias);
+  const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p));
+  const Tensor rows = linear(pbar, weight, bias);
+  Tensor g = torch::stable::view(rows, {p.B, p.L - p.history, weight.size(0)});
   if (!bias || bias_everywhere) return g;
   if (empty < 0) {
-    scale(g, seen);
+    scale(rows, seen);
   } else if (empty > 0) {
     Tensor without = torch::stable::narrow(g, 1, 0, empty);
     torch::stable::zero_(without);
@@ -80,12 +69,12 @@ MixGradients mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Ten
   Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
   Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
   const PluckerFrames frames = plucker_frames(p);
-  auto [pbar, seen] = front_end(p, frames);
+  auto [pbar, seen] = plucker_mean_forward(p, frames);
   if (bias_everywhere) torch::stable::fill_(seen, 1.0);
-  const Tensor grad = flat(grad_g, p.tokens()), mean = flat(pbar, p.tokens());
-  multiply(transposed(grad), mean, grad_weight);
-  multiply(transposed(grad), flat(seen, p.tokens()), torch::stable::view(grad_bias, {d, 1}));
-  multiply(grad, weight, mean);  // no longer needed: its buffer takes its gradient
+  const Tensor grad = flat(grad_g, p.tokens());
+  multiply(transposed(grad), pbar, grad_weight);
+  multiply(transposed(grad), seen, torch::stable::view(grad_bias, {d, 1}));
+  multiply(grad, weight, pbar);  // no longer needed: its buffer takes its gradient
   plucker_mean_backward(p, frames, pbar, grad_z);
   return {grad_z, grad_weight, grad_bias};
 }
