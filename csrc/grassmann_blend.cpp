@@ -87,12 +87,10 @@ void run_cuda(const KernelFamily& family, const Tensor& h, std::initializer_list
   launch(kernel, device, current_cuda_stream(device), {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
 }
 
-Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
-
 }  // namespace
 
 Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits) {
-  Tensor out = like(h);
+  Tensor out = packed_like(h);
   if (out.numel() == 0) return out;
   if (h.is_cpu()) {
     dispatch_floating(h, [&](auto element) { forward_cpu<decltype(element)>(h, g, logits, out); });
@@ -107,7 +105,7 @@ Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits) {
 }
 
 BlendGradients blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits) {
-  BlendGradients grads{like(h), like(h), like(h)};
+  BlendGradients grads{packed_like(h), packed_like(h), packed_like(h)};
   blend_gradients(grad_out, h, g, logits, grads);
   return grads;
 }
@@ -123,7 +121,7 @@ void blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, c
   const auto [row, stride] = rows_of(grad_logits);
   if (stride != row && row % 8 != 0) {  // the kernel writes eight elements at a time
     Tensor rows = grad_logits;
-    const Tensor whole = torch::stable::new_empty(grad_logits, grad_logits.sizes());
+    const Tensor whole = packed_like(grad_logits);
     blend_gradients(grad_out, h, g, logits, {grad_h, grad_g, whole});
     torch::stable::copy_(rows, whole);
     return;

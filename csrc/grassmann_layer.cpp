@@ -52,7 +52,7 @@ std::pair<Tensor, Tensor> gated(const Tensor& x, const Tensor& g, const Weights&
     return {blended(x, g, logits), logits};
   }
   const Tensor w_x = packed(w.gate_x), w_g = packed(w.gate_g), b = packed(bias);
-  const Tensor logits = torch::stable::new_empty(x, x.sizes()), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor logits = packed_like(x), out = packed_like(x);
   const int64_t rows = (*kernel)["BLOCK_M"], columns = (*kernel)["BLOCK_N"];
   const auto blocks = static_cast<unsigned>((tokens + rows - 1) / rows * (dim / columns));
   launch(*kernel, device, current_cuda_stream(device), {blocks, 1, 1},
@@ -89,10 +89,6 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
   return {out, z, g, logits};
 }
 
-Tensor row_range(Tensor matrix, int64_t first, int64_t count) { return torch::stable::narrow(matrix, 0, first, count); }
-
-Tensor columns(Tensor matrix, int64_t first, int64_t count) { return torch::stable::narrow(matrix, 1, first, count); }
-
 // The rows of a above those of b.
 Tensor stacked(const Tensor& a, const Tensor& b) {
   const Tensor both = empty_like_device(a, {a.size(0) + b.size(0), a.size(1)}, a.scalar_type());
@@ -123,25 +119,26 @@ Gradients grassmann_layer_backward(const Tensor& grad_out, const Tensor& x, cons
   const Tensor rows = packed(x), g_rows = packed(g), x_matrix = flat(rows, tokens);
   // The gradients of the logits and of z side by side: x owes its gradient to both, and they owe their weights to x.
   const Tensor wide = empty({tokens, (both + 7) / 8 * 8});
-  const Tensor of_both = columns(wide, 0, both), of_logits = columns(wide, 0, d);
+  const Tensor of_both = column_range(wide, 0, both), of_logits = column_range(wide, 0, d);
   const Tensor grad_x = empty({p.B, p.L, d}), grad_g = empty({p.B, p.L, d});
   blend_gradients(packed(grad_out), rows, g_rows, packed(logits), {grad_x, grad_g, of_logits});
   const Tensor grad_gate_g = empty({d, d});
   multiply(transposed(of_logits), flat(g_rows, tokens), grad_gate_g);
   multiply_add(of_logits, gate_g_weight, flat(grad_g, tokens));
 
-  const auto [grad_z, grad_expand, grad_expand_bias] = mix_gradients(p, grad_g, expand_weight, false);
-  Tensor of_z = columns(wide, d, p.r);
-  torch::stable::copy_(of_z, flat(grad_z, tokens));
+  const auto [grad_expand, grad_expand_bias] =
+      mix_gradients(p, grad_g, expand_weight, false, column_range(wide, d, p.r));
   multiply_add(of_both, stacked(gate_x_weight, reduce_weight), flat(grad_x, tokens));
   const Tensor grad_weights = empty({both, d}), grad_biases = empty({both, 1});
   multiply(transposed(of_both), x_matrix, grad_weights);
   Tensor ones = empty({tokens, 1});
   torch::stable::fill_(ones, 1.0);
   multiply(transposed(of_both), ones, grad_biases);  // faster than torch's sum
-  const auto part = [](const Tensor& of, int64_t first, std::initializer_list<int64_t> shape) {
-    Tensor copy = empty_like_device(of, shape, of.scalar_type());
-    torch::stable::copy_(copy, torch::stable::view(row_range(of, first, *shape.begin()), shape));
+  const auto part = [&](const Tensor& of, int64_t first, std::initializer_list<int64_t> shape) {
+    const Tensor copy = empty(shape);
+    const int64_t rows = *shape.begin(), columns = of.size(1);
+    Tensor to = reinterpreted(copy, {rows, columns}, {columns, 1});
+    torch::stable::copy_(to, row_range(of, first, rows));
     return copy;
   };
   return {grad_x,

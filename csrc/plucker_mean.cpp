@@ -179,15 +179,21 @@ Tensor padded_rows(const PluckerMean& p) {
   return wide;
 }
 
-void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
+void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& grad_z) {
   const Launch launch(p);
   const int64_t width = padded(p.r);
   const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
   launch.backward(frames, grad_pbar, turn);
-  const bool exact = width == p.r;
-  Tensor wide = exact ? grad_z : empty_like_device(p.z, {p.B, p.L, width}, p.dtype);
-  launch.pairs(kBackwardToken, frames, {{"turn_ptr", turn.const_data_ptr()}, {"grad_z_ptr", wide.const_data_ptr()}});
-  if (!exact) torch::stable::copy_(grad_z, torch::stable::narrow(wide, 2, 0, p.r));
+  // The kernel writes 16 bytes at a time.
+  const bool direct = width == p.r && grad_z.stride(0) % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
+  const Tensor rows = direct ? grad_z : empty_like_device(p.z, {p.tokens(), width}, p.dtype);
+  launch.pairs(kBackwardToken, frames,
+               {{"turn_ptr", turn.const_data_ptr()},
+                {"grad_z_ptr", rows.const_data_ptr()},
+                {"grad_stride", as_i32(rows.stride(0))}});
+  Tensor to = grad_z;
+  if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
 
 }  // namespace
@@ -208,8 +214,8 @@ PluckerFrames plucker_frames(const PluckerMean& p) {
 
 Tensor empty_planes(const PluckerMean& p) {
   if (p.z.is_cpu()) return empty_like_device(p.z, {p.outputs(), p.planes()}, p.dtype);
-  Tensor by_planes = empty_like_device(p.z, {p.planes(), padded(p.outputs())}, p.dtype);
-  return torch::stable::transpose(torch::stable::narrow(by_planes, 1, 0, p.outputs()), 0, 1);
+  const Tensor by_planes = empty_like_device(p.z, {p.planes(), padded(p.outputs())}, p.dtype);
+  return reinterpreted(by_planes, {p.outputs(), p.planes()}, {1, by_planes.stride(0)});
 }
 
 MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames) {
@@ -223,7 +229,8 @@ MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& fram
   return mean;
 }
 
-void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
+                           const Tensor& grad_z) {
   if (p.tokens() == 0) return;
   if (p.z.is_cpu()) {
     plucker_mean_backward_cpu(p, grad_pbar, grad_z);
@@ -249,14 +256,14 @@ Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const 
   const auto p = checked_plucker_mean(op, z, offsets, valid, cu_seqlens);
   expect_sizes(op, "grad_pbar", grad_pbar, {p.B, p.L, p.planes()}, "batch and length of z, r * (r - 1) / 2");
   expect_like(op, "grad_pbar", grad_pbar, "z", z);
-  Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
+  const Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
   Tensor by_planes = torch::stable::view(packed(grad_pbar), {p.tokens(), p.planes()});
   if (!z.is_cpu()) {
     const Tensor by_tokens = by_planes;
     by_planes = empty_planes(p);
     torch::stable::copy_(by_planes, by_tokens);
   }
-  plucker_mean_backward(p, plucker_frames(p), by_planes, grad_z);
+  plucker_mean_backward(p, plucker_frames(p), by_planes, reinterpreted(grad_z, {p.tokens(), p.r}, {p.r, 1}));
   return grad_z;
 }
 

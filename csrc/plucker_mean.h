@@ -50,11 +50,12 @@ struct MeanPlucker {
 };
 
 MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames);
-// grad_pbar: as empty_planes() is. grad_z: packed() [B, L, r], written whole.
-void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z);
+// grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
+                           const Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);
-void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);
+void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z);
 
 }  // namespace simplex

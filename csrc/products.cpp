@@ -18,9 +18,24 @@ Function* on_cuda(Function*, const char* name) {
 
 }  // namespace
 
-Tensor flat(const Tensor& t, int64_t rows) { return torch::stable::view(t, {rows, t.size(-1)}); }
+Tensor flat(const Tensor& t, int64_t rows) {
+  const int64_t columns = t.size(-1);
+  return reinterpreted(t, {rows, columns}, {columns, 1});
+}
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+Tensor transposed(const Tensor& matrix) {
+  return reinterpreted(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
+
+Tensor row_range(const Tensor& matrix, int64_t first, int64_t count) {
+  const int64_t stride = matrix.stride(0);
+  return reinterpreted(matrix, {count, matrix.size(1)}, {stride, matrix.stride(1)}, first * stride);
+}
+
+Tensor column_range(const Tensor& matrix, int64_t first, int64_t count) {
+  const int64_t stride = matrix.stride(1);
+  return reinterpreted(matrix, {matrix.size(0), count}, {matrix.stride(0), stride}, first * stride);
+}
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;

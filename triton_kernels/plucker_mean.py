@@ -220,7 +220,7 @@ def plucker_mean_bwd_frame(
 def plucker_mean_bwd_token(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16",
+    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -257,7 +257,7 @@ def plucker_mean_bwd_token(
         grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
     inverse = tl.load(frame_ptr + (2 * width + 1).to(tl.int64) * stride + token, mask=token_ok, other=0.0)[:, None]
     grad = tl.where(inverse == 0, 0.0, grad * inverse)
-    to = grad_z_ptr + token.to(tl.int64)[:, None] * width + tl.arange(0, HEAD_DIM)[None, :]
+    to = grad_z_ptr + token.to(tl.int64)[:, None] * grad_stride + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(to, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & row_ok)
 
 
