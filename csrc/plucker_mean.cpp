@@ -113,7 +113,7 @@ class Launch {
     const Kernel& kernel = kForward.find(device_, {dtype_});
     const unsigned tokens = blocks(stride_, kernel["BLOCK_T"]);
     // A few tokens, as in decoding, would be a few programs that wait for their loads.
-    const unsigned shares = std::clamp(kEnoughPrograms / tokens, 1u, 16u);
+    const unsigned shares = std::clamp(kEnoughPrograms / tokens, 2u, 16u);
     planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames, {{"pbar_ptr", pbar.const_data_ptr()}});
   }
 
@@ -139,7 +139,7 @@ class Launch {
   }
 
  private:
-  static constexpr unsigned kEnoughPrograms = 1024;
+  static constexpr unsigned kEnoughPrograms = 512;
   static constexpr const char* kOffsetNames[kFewOffsets] = {"o0", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
 
   static unsigned blocks(int64_t whole, int64_t part) { return static_cast<unsigned>((whole + part - 1) / part); }
