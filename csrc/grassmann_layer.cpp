@@ -39,6 +39,12 @@ void check_vector(const char* op, const char* name, const Tensor& t, int64_t siz
   expect_like(op, name, t, "x", x);
 }
 
+// A matrix of all tokens as [batch, length, columns], as x is.
+Tensor by_rows(const Tensor& matrix, const Tensor& x) {
+  const int64_t length = x.size(1), columns = matrix.size(1);
+  return reinterpreted(matrix, {x.size(0), length, columns}, {length * columns, columns, 1});
+}
+
 const KernelFamily kGate("grassmann_layer_gate", {"dtype"});
 
 // The blend of x and g and its logits.
@@ -47,8 +53,9 @@ std::pair<Tensor, Tensor> gated(const Tensor& x, const Tensor& g, const Weights&
   const int device = x.is_cpu() ? 0 : x.get_device_index();
   const Kernel* kernel = x.is_cpu() || tokens == 0 ? nullptr : kGate.find_if(device, {dtype_constant(x)});
   if (!kernel || dim % (*kernel)["BLOCK_N"] != 0) {
-    const Tensor logits = linear(g, w.gate_g, bias);
-    multiply_add(flat(x, tokens), transposed(w.gate_x), flat(logits, tokens));
+    const Tensor sums = linear(flat(g, tokens), w.gate_g, bias);
+    multiply_add(flat(x, tokens), transposed(w.gate_x), sums);
+    const Tensor logits = by_rows(sums, x);
     return {blended(x, g, logits), logits};
   }
   const Tensor w_x = packed(w.gate_x), w_g = packed(w.gate_g), b = packed(bias);
@@ -82,7 +89,7 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
   check_vector(op, "expand_bias", expand_bias, dim, "dim of x", x);
   check_vector(op, "gate_bias", gate_bias, dim, "dim of x", x);
   const Tensor rows = packed(x);
-  const Tensor z = linear(rows, reduce_weight, reduce_bias);
+  const Tensor z = by_rows(linear(flat(rows, x.size(0) * x.size(1)), reduce_weight, reduce_bias), x);
   const auto [p, d] = checked_grassmann_mix(op, z, expand_weight, expand_bias, offsets, valid, cu_seqlens);
   const Tensor g = mixed(p, expand_weight, expand_bias, false);
   const auto [out, logits] = gated(rows, g, weights, gate_bias);
