@@ -44,7 +44,7 @@ def run(problem, head_dim, block, history):
     turn, grad_z = nan(2 * width, stride), nan(*z.shape, dtype=z.dtype)
     by_planes[:, :outputs] = problem.grad.flatten(0, 1).T
     kernels.plucker_mean_bwd_frame[(stride // 8, -(-width // 16))](
-        grad_pbar_ptr=by_planes, turn_ptr=turn, BLOCK_I=4, **planes
+        grad_pbar_ptr=by_planes, turn_ptr=turn, UNROLL=2, **planes
     )
     kernels.plucker_mean_bwd_token[(-(-outputs // block),)](turn_ptr=turn, grad_z_ptr=grad_z, grad_stride=width, **pairs)
     return pbar, seen, grad_z[..., :r]

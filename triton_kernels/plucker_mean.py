@@ -189,34 +189,28 @@ def plucker_mean_fwd(
 @triton.jit
 def plucker_mean_bwd_frame(
     frame_ptr: "*fp32:16", grad_pbar_ptr: "*dtype:16", turn_ptr: "*fp32:16", r: "i32", width: "i32:8", stride: "i32:8",
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Om u / N and Om Y, of which a program has BLOCK_R rows: it walks the columns of Om, BLOCK_I at a time.
-
-    It reads a plane twice, as (i, j) and as (j, i). Few tokens at a time in many threads: the caches hold them until then.
-    """
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    token, j = tokens[None, None, :], rows[None, :, None]
+    """Om u / N and Om Y, of which a program has BLOCK_R rows: it walks the columns of Om, no sum needs another thread."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]
+    j = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    ok = token < stride
     mean_ptr = frame_ptr + width.to(tl.int64) * stride
-    h = tl.zeros((BLOCK_I, BLOCK_R, BLOCK_T), tl.float32)
-    own = tl.zeros((BLOCK_I, BLOCK_R, BLOCK_T), tl.float32)
-    for first in range(0, width, BLOCK_I):
-        i = (first + tl.arange(0, BLOCK_I))[:, None, None]
-        mask = (i < r) & (token < stride)
-        at = i.to(tl.int64) * stride + token
-        u_i, mean_i = tl.load(frame_ptr + at, mask=mask, other=0.0), tl.load(mean_ptr + at, mask=mask, other=0.0)
+    h = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    own = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    for i in tl.range(0, r, loop_unroll_factor=UNROLL):
+        row = tl.cast(i, tl.int64) * stride + token
+        u_i, mean_i = tl.load(frame_ptr + row, mask=ok, other=0.0), tl.load(mean_ptr + row, mask=ok, other=0.0)
         low, high = tl.minimum(i, j), tl.maximum(i, j)
         at = (low * (2 * r - 1 - low) // 2 + high - low - 1).to(tl.int64) * stride + token
-        grad = tl.load(grad_pbar_ptr + at, mask=(low != high) & (high < r) & (token < stride), other=0.0).to(tl.float32)
+        grad = tl.load(grad_pbar_ptr + at, mask=(j < r) & (j != i) & ok, other=0.0).to(tl.float32)
         om = tl.where(j < i, grad, -grad)
         h = tl.fma(om, tl.broadcast_to(u_i, om.shape), h)
         own = tl.fma(om, tl.broadcast_to(mean_i, om.shape), own)
-    token, j = tokens[None, :], rows[:, None]
-    count = tl.load(mean_ptr + width.to(tl.int64) * stride + token, mask=token < stride, other=0.0)
-    to, mask = turn_ptr + j.to(tl.int64) * stride + token, (j < width) & (token < stride)
-    tl.store(to, tl.where(count > 0, tl.sum(h, 0) / tl.maximum(count, 1.0), 0.0), mask=mask)
-    tl.store(to + width.to(tl.int64) * stride, tl.where(count > 0, tl.sum(own, 0), 0.0), mask=mask)
+    count = tl.load(mean_ptr + width.to(tl.int64) * stride + token, mask=ok, other=0.0)
+    to, mask = turn_ptr + j.to(tl.int64) * stride + token, (j < width) & ok
+    tl.store(to, tl.where(count > 0, h / tl.maximum(count, 1.0), 0.0), mask=mask)
+    tl.store(to + width.to(tl.int64) * stride, tl.where(count > 0, own, 0.0), mask=mask)
 
 
 @triton.jit
@@ -268,7 +262,7 @@ def plucker_mean_bwd_token(
     tl.store(to, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & row_ok)
 
 
-# H100, bf16, tokens of 32 elements: docs/grassmann.md. The other sizes have as many elements a thread.
+# Measured for bf16 and r = 32 on an H100 (docs/grassmann.md); larger r have as many elements a thread.
 def _tile(kernel, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_token:
         return {"BLOCK_T": 512 // head_dim, "num_warps": 1}
@@ -279,7 +273,7 @@ ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
 DTYPES = ("bf16", "fp16", "fp32")
 OF_PLANES = {
     plucker_mean_fwd: {"BLOCK_T": 64, "BLOCK_R": 32, "num_warps": 4},
-    plucker_mean_bwd_frame: {"BLOCK_T": 32, "BLOCK_R": 32, "BLOCK_I": 4, "num_warps": 8},
+    plucker_mean_bwd_frame: {"BLOCK_T": 64, "BLOCK_R": 32, "UNROLL": 4, "num_warps": 4},
 }
 VARIANTS = [Variant(plucker_mean_offsets, arch, {}, {"num_warps": 1}) for arch in ARCHS]
 VARIANTS += [
