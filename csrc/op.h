@@ -66,8 +66,8 @@ Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, 
 // The same of t's sizes and dtype.
 Tensor packed_like(const Tensor& t);
 
-// What t holds from element `first` on as a tensor of other sizes and strides: rows, columns, a transposed matrix. By the
-// C shim, too.
+// What t holds from element `first` on as a tensor of other sizes and strides: rows, columns, a transposed matrix. By
+// the C shim, too.
 Tensor reinterpreted(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      int64_t first = 0);
 

@@ -115,7 +115,8 @@ class Launch {
     const unsigned tokens = blocks(stride_, kernel["BLOCK_T"]);
     // A few tokens, as in decoding, would be a few programs that wait for their loads.
     const unsigned shares = std::clamp(kEnoughPrograms / tokens, 2u, 16u);
-    planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames, {{"pbar_ptr", frames.planes.const_data_ptr()}});
+    planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames,
+           {{"pbar_ptr", frames.planes.const_data_ptr()}});
   }
 
   void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
@@ -186,8 +187,8 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
   const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
   launch.backward(frames, grad_pbar, turn);
   // The kernel writes 16 bytes at a time.
-  const bool direct = width == p.r && grad_z.stride(0) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
+  const bool direct =
+      width == p.r && grad_z.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
   const Tensor rows = direct ? grad_z : empty_like_device(p.z, {p.tokens(), width}, p.dtype);
   launch.pairs(kBackwardToken, frames,
                {{"turn_ptr", turn.const_data_ptr()},
@@ -213,10 +214,9 @@ PluckerFrames plucker_frames(const PluckerMean& p) {
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
   frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, padded(p.outputs())}, ScalarType::Float);
   const Tensor seen = column_range(frames.planes, p.planes(), 1);
-  launch.pairs(kFrame, frames,
-               {{"z_ptr", frames.z.const_data_ptr()},
-                {"seen_ptr", seen.const_data_ptr()},
-                {"history", as_i32(p.history)}});
+  launch.pairs(
+      kFrame, frames,
+      {{"z_ptr", frames.z.const_data_ptr()}, {"seen_ptr", seen.const_data_ptr()}, {"history", as_i32(p.history)}});
   return frames;
 }
 

@@ -47,7 +47,8 @@ PluckerFrames plucker_frames(const PluckerMean& p);
 
 // Writes the rest of frames.planes.
 void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames);
-// grad_pbar: as empty_planes() is, the last column unused. grad_z: [tokens, r], a matrix of any row stride, written whole.
+// grad_pbar: as empty_planes() is, the last column unused. grad_z: [tokens, r], a matrix of any row stride, written
+// whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
 

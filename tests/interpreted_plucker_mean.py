@@ -46,7 +46,9 @@ def run(problem, head_dim, block, history):
     kernels.plucker_mean_bwd_frame[(stride // 8, -(-width // 16))](
         grad_pbar_ptr=by_planes, turn_ptr=turn, UNROLL=2, **planes
     )
-    kernels.plucker_mean_bwd_token[(-(-outputs // block),)](turn_ptr=turn, grad_z_ptr=grad_z, grad_stride=width, **pairs)
+    kernels.plucker_mean_bwd_token[(-(-outputs // block),)](
+        turn_ptr=turn, grad_z_ptr=grad_z, grad_stride=width, **pairs
+    )
     return pbar, seen, grad_z[..., :r]
 
 
