@@ -139,6 +139,12 @@ def test_no_spills_in_the_main_loops(manifest, family):
         assert len(spills) <= SPILLS[family], f"{name}: {spills}"
 
 
+def test_grassmann_kernels_do_not_spill(manifest):
+    rows = [row for row in manifest["kernels"] if row["family"].startswith(("plucker_", "grassmann_"))]
+    assert rows
+    assert {row["name"]: row["spills"] for row in rows if row["spills"]} == {}
+
+
 def test_dq_keeps_q_apart_from_the_score_gradients(manifest):
     """ptxas has given both left operands the same registers: from the second step on S was made of dS instead of q."""
     for name, loops in loops_of(manifest, lambda row: row["family"] == "two_simplicial_bwd_dq_scaled"):
