@@ -42,13 +42,12 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
              bool bias_everywhere) {
   const int64_t length = p.L - p.history, d = weight.size(0);
   if (p.outputs() * d == 0) return empty_like_device(p.z, {p.B, length, d}, p.dtype);
-  const PluckerFrames frames = plucker_frames(p);
-  plucker_mean_forward(p, frames);
-  const Tensor rows = linear(column_range(frames.planes, 0, p.planes()), weight, bias);
+  const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p));
+  const Tensor rows = linear(pbar, weight, bias);
   const Tensor g = reinterpreted(rows, {p.B, length, d}, {length * d, d, 1});
   if (!bias || bias_everywhere) return g;
   if (empty < 0) {
-    scale(rows, column_range(frames.planes, p.planes(), 1));
+    scale(rows, seen);
   } else if (empty > 0) {
     Tensor without = reinterpreted(rows, {p.B, empty, d}, {length * d, d, 1});
     torch::stable::zero_(without);
@@ -65,19 +64,17 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
 
 std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight,
                                         bool bias_everywhere, const Tensor& grad_z) {
-  const int64_t d = weight.size(0), planes = p.planes();
-  const auto empty = [&](std::initializer_list<int64_t> shape) { return empty_like_device(p.z, shape, p.dtype); };
+  const int64_t d = weight.size(0);
+  Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
+  Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
   const PluckerFrames frames = plucker_frames(p);
-  plucker_mean_forward(p, frames);
-  Tensor seen = column_range(frames.planes, planes, 1);
+  auto [pbar, seen] = plucker_mean_forward(p, frames);
   if (bias_everywhere) torch::stable::fill_(seen, 1.0);
-  const Tensor grad = flat(grad_g, p.tokens()), of_both = empty({d, (planes + 8) / 8 * 8});
-  multiply(transposed(grad), frames.planes, column_range(of_both, 0, planes + 1));
-  Tensor grad_weight = empty({d, planes}), grad_bias = empty({d});
-  torch::stable::copy_(grad_weight, column_range(of_both, 0, planes));
-  torch::stable::copy_(grad_bias, reinterpreted(of_both, {d}, {of_both.stride(0)}, planes));
-  multiply(grad, weight, column_range(frames.planes, 0, planes));  // no longer needed: it takes its own gradient
-  plucker_mean_backward(p, frames, frames.planes, grad_z);
+  const Tensor grad = flat(grad_g, p.tokens());
+  multiply(transposed(grad), pbar, grad_weight);
+  multiply(transposed(grad), seen, reinterpreted(grad_bias, {d, 1}, {1, 1}));
+  multiply(grad, weight, pbar);  // no longer needed: its buffer takes its gradient
+  plucker_mean_backward(p, frames, pbar, grad_z);
   return {grad_weight, grad_bias};
 }
 

@@ -5,7 +5,6 @@
 
 #include "elements.h"
 #include "kernel.h"
-#include "products.h"
 
 namespace simplex {
 
@@ -110,13 +109,12 @@ class Launch {
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
 
-  void forward(const PluckerFrames& frames) const {
+  void forward(const PluckerFrames& frames, const Tensor& pbar) const {
     const Kernel& kernel = kForward.find(device_, {dtype_});
     const unsigned tokens = blocks(stride_, kernel["BLOCK_T"]);
     // A few tokens, as in decoding, would be a few programs that wait for their loads.
     const unsigned shares = std::clamp(kEnoughPrograms / tokens, 2u, 16u);
-    planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames,
-           {{"pbar_ptr", frames.planes.const_data_ptr()}});
+    planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames, {{"pbar_ptr", pbar.const_data_ptr()}});
   }
 
   void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
@@ -200,33 +198,35 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
 
 }  // namespace
 
-Tensor empty_planes(const PluckerMean& p) {
-  const int64_t rows = p.planes() + 1;
-  if (p.z.is_cpu()) return empty_like_device(p.z, {p.outputs(), rows}, p.dtype);
-  const int64_t stride = padded(p.outputs());
-  return reinterpreted(empty_like_device(p.z, {rows, stride}, p.dtype), {p.outputs(), rows}, {1, stride});
-}
-
 PluckerFrames plucker_frames(const PluckerMean& p) {
-  if (p.z.is_cpu() || p.outputs() == 0) return {p.z, empty_planes(p), {}, {}};
+  if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};
   const Launch launch(p);
-  PluckerFrames frames{padded_rows(p), empty_planes(p), {}, {}};
+  PluckerFrames frames{padded_rows(p), {}, {}, {}};
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
   frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, padded(p.outputs())}, ScalarType::Float);
-  const Tensor seen = column_range(frames.planes, p.planes(), 1);
-  launch.pairs(
-      kFrame, frames,
-      {{"z_ptr", frames.z.const_data_ptr()}, {"seen_ptr", seen.const_data_ptr()}, {"history", as_i32(p.history)}});
+  frames.seen = empty_like_device(p.z, {p.outputs(), 1}, p.dtype);
+  launch.pairs(kFrame, frames,
+               {{"z_ptr", frames.z.const_data_ptr()},
+                {"seen_ptr", frames.seen->const_data_ptr()},
+                {"history", as_i32(p.history)}});
   return frames;
 }
 
-void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames) {
-  if (p.outputs() == 0) return;
+Tensor empty_planes(const PluckerMean& p) {
+  if (p.z.is_cpu()) return empty_like_device(p.z, {p.outputs(), p.planes()}, p.dtype);
+  const Tensor by_planes = empty_like_device(p.z, {p.planes(), padded(p.outputs())}, p.dtype);
+  return reinterpreted(by_planes, {p.outputs(), p.planes()}, {1, by_planes.stride(0)});
+}
+
+MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames) {
+  MeanPlucker mean{empty_planes(p), frames.seen ? *frames.seen : empty_like_device(p.z, {p.outputs(), 1}, p.dtype)};
+  if (p.outputs() == 0) return mean;
   if (p.z.is_cpu()) {
-    plucker_mean_forward_cpu(p, frames.planes);
+    plucker_mean_forward_cpu(p, mean.pbar, mean.seen);
   } else {
-    Launch(p).forward(frames);
+    Launch(p).forward(frames, mean.pbar);
   }
+  return mean;
 }
 
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
@@ -246,12 +246,8 @@ namespace {
 Tensor plucker_mean(const Tensor& z, const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                     const std::optional<Tensor>& cu_seqlens) {
   const auto p = checked_plucker_mean("plucker_mean", z, offsets, valid, cu_seqlens);
-  const PluckerFrames frames = plucker_frames(p);
-  plucker_mean_forward(p, frames);
-  const Tensor pbar = empty_like_device(z, {p.B, p.L, p.planes()}, p.dtype);
-  Tensor rows = flat(pbar, p.tokens());
-  torch::stable::copy_(rows, column_range(frames.planes, 0, p.planes()));
-  return pbar;
+  const Tensor by_planes = plucker_mean_forward(p, plucker_frames(p)).pbar;
+  return torch::stable::view(packed(by_planes), {p.B, p.L, p.planes()});
 }
 
 Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const std::vector<int64_t>& offsets,
@@ -261,10 +257,13 @@ Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const 
   expect_sizes(op, "grad_pbar", grad_pbar, {p.B, p.L, p.planes()}, "batch and length of z, r * (r - 1) / 2");
   expect_like(op, "grad_pbar", grad_pbar, "z", z);
   const Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
-  const PluckerFrames frames = plucker_frames(p);
-  Tensor grad = column_range(frames.planes, 0, p.planes());
-  torch::stable::copy_(grad, reinterpreted(packed(grad_pbar), {p.tokens(), p.planes()}, {p.planes(), 1}));
-  plucker_mean_backward(p, frames, frames.planes, flat(grad_z, p.tokens()));
+  Tensor by_planes = torch::stable::view(packed(grad_pbar), {p.tokens(), p.planes()});
+  if (!z.is_cpu()) {
+    const Tensor by_tokens = by_planes;
+    by_planes = empty_planes(p);
+    torch::stable::copy_(by_planes, by_tokens);
+  }
+  plucker_mean_backward(p, plucker_frames(p), by_planes, reinterpreted(grad_z, {p.tokens(), p.r}, {p.r, 1}));
   return grad_z;
 }
 

@@ -30,30 +30,32 @@ struct PluckerMean {
 PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
                                  const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens);
 
-// What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
-// the CPU; plane after plane on CUDA, where matrix products take either. As column P it has whether N_t > 0, 1 or 0, of
-// z's dtype: a product with the gradient of g then has the gradient of the bias, too.
-Tensor empty_planes(const PluckerMean& p);
-
-// On CUDA, what both passes begin with; on the CPU, which goes token by token, the planes alone.
+// On CUDA, what both passes begin with; nothing on the CPU, which goes token by token.
 struct PluckerFrames {
   Tensor z;                       // [B, L, width], width: r padded with zeros to a multiple of 8
-  Tensor planes;                  // empty_planes(); on CUDA, with the last column
   std::optional<Tensor> offsets;  // int32, if they are too many to be arguments of a kernel
   std::optional<Tensor> frame;    // fp32 [2 width + 2, stride], triton_kernels/plucker_mean.py says of what
+  std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
 PluckerFrames plucker_frames(const PluckerMean& p);
 
-// Writes the rest of frames.planes.
-void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames);
-// grad_pbar: as empty_planes() is, the last column unused. grad_z: [tokens, r], a matrix of any row stride, written
-// whole.
+// What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
+// the CPU; plane after plane on CUDA, where matrix products take either.
+Tensor empty_planes(const PluckerMean& p);
+
+struct MeanPlucker {
+  Tensor pbar;  // as empty_planes() is
+  Tensor seen;  // [outputs, 1] of z's dtype: 1 where N_t > 0, 0 elsewhere
+};
+
+MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames);
+// grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
-void plucker_mean_forward_cpu(const PluckerMean& p, const Tensor& planes);
+void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);
 void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z);
 
 }  // namespace simplex

@@ -136,22 +136,23 @@ struct Problem {
 };
 
 template <class In>
-void forward(const PluckerMean& p, const Tensor& planes) {
+void forward(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
   using T = Wide<In>;
   const Problem<In> problem(p);
-  In* const out = mutable_elements<In>(planes);
+  In* const out = mutable_elements<In>(pbar);
+  In* const seen_out = mutable_elements<In>(seen);
   problem.for_each_token([&](int64_t token, Sequence sequence) {
     if (token % p.L < p.history) return;
     const int64_t output = token - (token / p.L + 1) * p.history;
     T mean[kMaxRank];
     const int64_t count = problem.mean_direction(token, sequence, mean);
+    seen_out[output] = In(count > 0 ? 1.0f : 0.0f);
     const T* const u = problem.unit(token);
-    In* __restrict row = out + output * (p.planes() + 1);
+    In* __restrict row = out + output * p.planes();
     for (int64_t i = 0; i < p.r; ++i) {
       const T u_i = u[i], mean_i = mean[i];
       for (int64_t j = i + 1; j < p.r; ++j) *row++ = In(u_i * mean[j] - mean_i * u[j]);
     }
-    *row = In(count > 0 ? 1.0f : 0.0f);
   });
 }
 
@@ -187,7 +188,7 @@ void backward(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_
     if (count == 0) return;
     const T* const u = problem.unit(token);
     T *const share = &shares[token * width], *const sum = &own[token * width];
-    contract(grad + token * (p.planes() + 1), p.r, width, u, mean, share, sum);
+    contract(grad + token * p.planes(), p.r, width, u, mean, share, sum);
     for (int64_t j = 0; j < width; ++j) share[j] /= T(count);
     problem.for_each_pair(token, sequence, [&](int64_t other) {
       const Angle<T> between = angle(u, problem.unit(other), width, direction);
@@ -217,8 +218,8 @@ void backward(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_
 
 }  // namespace
 
-void plucker_mean_forward_cpu(const PluckerMean& p, const Tensor& planes) {
-  dispatch_floating(p.z, [&](auto element) { forward<decltype(element)>(p, planes); });
+void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen) {
+  dispatch_floating(p.z, [&](auto element) { forward<decltype(element)>(p, pbar, seen); });
 }
 
 void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z) {
