@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py compile FAMILY... --arch sm_90a --out DIR [--key HEAD_DIM=128 ...] [--tile BLOCK_M=32,64 ...]
     python benchmarks/tune.py time DIR... [--shape B,N,Hq,Hkv,w1,w2 ...]
-    python benchmarks/tune.py rows DIR/tuned.json
+    python benchmarks/tune.py rows DIR/tuned.json [--write]
 
 `compile` needs what the wheel's build needs, and no GPU. Each row of the family for that arch (`--key`: those with these values) is
 compiled with all combinations of a tile's neighbours; `--tile NAME=values` sets a constant's values instead (of a name that the
@@ -12,7 +12,8 @@ one CPU architecture). `time` needs DIR, this repository's benchmarks/ and tests
 same sources. It runs the op as users call it (benchmarks/workloads.py), with one candidate after the other in the place of
 the wheel's row (csrc/kernel.h, simplex_try_kernel), beside the wheel's row and a cuBLAS product in the same run. First a small problem:
 fresh memory is NaN, and the error against fp64 must not exceed that of the wheel's row by a tenth. Portable kernels that another kernel
-goes before want SIMPLEX_KERNELS=portable. A backward kernel is timed within its whole backward pass.
+goes before want SIMPLEX_KERNELS=portable. A backward kernel is timed within its whole backward pass. `rows --write` puts the tiles
+that won into triton_kernels/tiles.py, with the GPU and the date; the next build takes them.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -318,9 +320,8 @@ def line(result: dict) -> str:
 # ---- rows
 
 
-def print_rows(path: Path) -> None:
-    """The tiles that are right and faster than the shipped one over all shapes that were timed, best first of each row."""
-    rows = json.loads(path.read_text())["rows"]
+def winners(rows: list[dict]) -> Iterator[tuple[str, dict, dict | None, float]]:
+    """(row, shipped tile, best tile, speed-up): over all shapes that were timed, of the tiles that are right. None: it stays."""
     for name in dict.fromkeys(row["row"] for row in rows):
         trials: dict[str, list[dict]] = {}
         for row in rows:
@@ -332,12 +333,31 @@ def print_rows(path: Path) -> None:
             for tile, runs in trials.items()
             if len(runs) == shapes and all(row.get("right") for row in runs)
         }
-        shipped = next(label(row["tile"]) for row in rows if row["row"] == name and row["shipped"])
+        shipped = next(row["tile"] for row in rows if row["row"] == name and row["shipped"])
         best = max(gains, key=gains.__getitem__, default=None)
         if best is None or gains[best] < WORTHWHILE:
-            print(f"{name}: {shipped} stays")
+            yield name, shipped, None, 1.0
         else:
-            print(f"{name}: {best}  # {gains[best]:.2f}x of {shipped}")
+            yield name, shipped, trials[best][0]["tile"], gains[best]
+
+
+def print_rows(path: Path) -> None:
+    for name, shipped, best, gain in winners(json.loads(path.read_text())["rows"]):
+        print(
+            f"{name}: {label(best)}  # {gain:.2f}x of {label(shipped)}" if best else f"{name}: {label(shipped)} stays"
+        )
+
+
+def write_rows(path: Path, table: Path) -> None:
+    """The winners into TILES, each below where it was measured, in the order of their names; other rows stay as they are."""
+    tuned, text = json.loads(path.read_text()), table.read_text()
+    begin, end = text.index(" = {\n") + len(" = {\n"), text.rindex("}\n")
+    rows = {name: row for row, name in re.findall(r'(    # .*\n    "(.*?)": .*\n)', text[begin:end])}
+    for name, _, best, gain in winners(tuned["rows"]):
+        if best:
+            remark = f"{gain:.2f}x, {tuned['machine']['hardware']}, {tuned['machine']['date']}"
+            rows[name] = f'    # {remark}\n    "{name}": {json.dumps(best)},\n'
+    table.write_text(text[:begin] + "".join(rows[name] for name in sorted(rows)) + text[end:])
 
 
 def main() -> None:
@@ -368,7 +388,9 @@ def main() -> None:
     action.set_defaults(run=time_candidates)
     action = actions.add_parser("rows", help="the tiles that won")
     action.add_argument("json", type=Path)
-    action.set_defaults(run=lambda args: print_rows(args.json))
+    action.add_argument("--write", action="store_true", help="and into the table that the next build reads")
+    action.add_argument("--table", type=Path, default=ROOT / "triton_kernels/tiles.py", help=argparse.SUPPRESS)
+    action.set_defaults(run=lambda args: (print_rows(args.json), args.write and write_rows(args.json, args.table)))
     args = parser.parse_args()
     args.run(args)
 

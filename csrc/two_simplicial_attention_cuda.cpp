@@ -16,7 +16,7 @@ const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_D
 const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
 const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
 const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
@@ -81,11 +81,11 @@ struct Launch {
   // long keys, at most as large as all arguments and gradients (those of the long gradients are not larger).
   bool scales() const {
     constexpr int64_t kRowsPerShortKey = 128;
-    const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim});
+    const int64_t block_n = scaled_tile();
+    const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
     if (2 * axes.w_short < 3 * (ceil_div(64, p.group()) - 1)) return false;
     if (p.group() % 8) return false;  // its copies are of 8 heads
-    const int64_t block_n = (*kernel)["BLOCK_N"];
     const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
     const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
@@ -285,24 +285,26 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
              .problem(&grad_out)
              .integer("has_grad_lse", grad_lse.has_value()));
 
-  const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim});
-  const int64_t block_n = dkv["BLOCK_N"];
+  const int64_t block_n = l.scaled_tile();
+  const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim, block_n});
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
   // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
   // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
   // same rows.
   const int64_t span = std::min(short_rows, p.Nk), rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
+  const int64_t turn = 128 / block_n;  // short keys that a program takes at a time, half of them each warpgroup
   const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
   const auto too_large = [&](int64_t share) {
     const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
-    return share > 2 && (thrashes || blocks * splits_of(share) * heads < 4 * kResident);
+    return share > turn && (thrashes || blocks * splits_of(share) * heads < 4 * kResident);
   };
   int64_t share = 2 * block_n;
   while (share < span) share *= 2;
   while (too_large(share)) share /= 2;
   const int64_t splits = splits_of(share);
-  const int64_t long_rows = heads * blocks * splits * 2 * block_n;  // each of two warpgroups leaves its own
+  const int64_t parts = splits * turn;  // of each long key: what its program takes at a time is summed apart
+  const int64_t long_rows = heads * blocks * parts * block_n;
   const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);
   const Tensor part_ks = partial_sums(l, heads * blocks, short_rows),
                part_vs = partial_sums(l, heads * blocks, short_rows);
@@ -324,7 +326,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
              .sizes()
              .integer("num_splits", splits)
              .integer("share", share));
-  add_splits(l, grad, part_k, part_v, 2 * splits, block_n);
+  add_splits(l, grad, part_k, part_v, parts, block_n);
   merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, block_n, short_rows, l.axes.w_long - 1);
 }
 

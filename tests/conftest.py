@@ -67,3 +67,5 @@ def reproducible():
     torch.backends.cuda.matmul.allow_tf32 = False  # references in fp32 mean fp32
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # workers share the GPU's memory

@@ -23,6 +23,7 @@ SHAPES = [
     (130, 130, 2, 2, 33, 3),
     (1, 17, 4, 1, 17, 5),
     (64, 64, 64, 1, 64, 16),  # long keys that fill their tiles
+    (40, 50, 64, 1, 32, 9),  # 32 keys a tile
 ]
 
 

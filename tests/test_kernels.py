@@ -14,14 +14,15 @@ import pytest
 import simplex_ops
 
 ROOT = Path(__file__).parents[1]
-# Shared memory of one block on 8.6, 8.9 and 12.0, the smallest of the GPUs that run the sm80 and sm120f cubins.
-SMALLEST_SHARED = 99 << 10
+# Shared memory of one block on the smallest of the GPUs that run a cubin: 8.6, 8.9 and 12.0; Hopper and Blackwell.
+SMALLEST_SHARED = {"sm80": 99 << 10, "sm120f": 99 << 10, "sm90a": 227 << 10, "sm100f": 227 << 10}
 # Instructions in the main loops of all warpgroups that move a register to or from local memory. dkv reloads a few
-# addresses a step; its sums and scores leave no register over (docs/kernels.md).
+# addresses a step; its sums and scores leave no register over (docs/kernels.md), and its tiles of 32 keys put two aside
+# where they mask.
 SPILLS = {
     "two_simplicial_fwd_scaled": 0,
     "two_simplicial_bwd_dq_scaled": 0,
-    "two_simplicial_bwd_dkv_scaled": 12,
+    "two_simplicial_bwd_dkv_scaled": 14,
     "two_simplicial_fwd_skewed": 0,
     "two_simplicial_bwd_dq_skewed": 1,
 }
@@ -179,9 +180,10 @@ def test_left_operands_of_fp32_outlive_their_products(manifest):
         assert products
 
 
-def test_small_gpus_have_the_shared_memory(manifest):
-    too_large = {r["name"]: r["shared"] for r in manifest["kernels"] if r["arch"] in ("sm80", "sm120f")}
-    assert {name: shared for name, shared in too_large.items() if shared > SMALLEST_SHARED} == {}
+def test_each_gpu_has_the_shared_memory(manifest):
+    """The host passes over a kernel that needs more, for the next one in its table: slower, and no word about it."""
+    too_large = [r["name"] for r in manifest["kernels"] if r["shared"] > SMALLEST_SHARED[r["arch"]]]
+    assert too_large == []
 
 
 def test_cubins_are_reproducible(manifest, tmp_path):

@@ -67,13 +67,25 @@ def test_skewed_kernels(dtype, dim, n_q, n_k, w, ratio):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "w"), [(64, (90, 24)), (128, (16, 64)), (32, (70, 33)), (8, (140, 40)), (64, (32, 20))]
+    ("n_q", "ratio", "w"),
+    [
+        (150, 64, (90, 24)),
+        (150, 128, (16, 64)),
+        (150, 32, (70, 33)),
+        (150, 8, (140, 40)),
+        (150, 64, (32, 20)),  # 32 keys a tile from here on
+        (150, 8, (31, 17)),
+        (70, 16, (32, 32)),
+        (150, 128, (3, 1)),
+    ],
 )
 @pytest.mark.parametrize("dim", [40, 64, 72, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients(dtype, dim, ratio, w):
-    problem = draw(batch=1, n_k=150, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
-    check(op, problem)
+def test_gradients(dtype, dim, n_q, ratio, w):
+    problem = draw(batch=1, n_q=n_q, n_k=150, ratio=ratio, dim=dim, w1=w[0], w2=w[1], dtype=dtype, device="cuda")
+    actual = check(op, problem)
+    for name, x in evaluate(op, problem).items():
+        assert_same_bits(x, actual[name], name)
 
 
 def forward_reference(problem, dtype):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,18 @@ def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
 
 
 def all_variants() -> list[Variant]:
-    """The VARIANTS of every module of this package, for the architectures wanted; keys checked to be unique."""
+    """The VARIANTS of every module of this package, with the TILES measured, for the architectures wanted; checked."""
     import triton_kernels
+    from triton_kernels.tiles import TILES
 
-    variants = []
+    variants: list[Variant] = []
     for module in pkgutil.iter_modules(triton_kernels.__path__):
         variants += getattr(importlib.import_module(f"triton_kernels.{module.name}"), "VARIANTS", [])
+    constants = {v.name: set(v.tile) for v in variants}
+    misfits = [name for name, tile in TILES.items() if constants.get(name) != set(tile)]
+    if misfits:
+        raise ValueError(f"tiles.py: expected names of variants and all constants of their tiles, got {misfits}")
+    variants = [replace(v, tile=TILES.get(v.name, v.tile)) for v in variants]
     archs = [a for a in os.environ.get("SIMPLEX_ARCHS", "").split(",") if a]
     unknown = set(archs) - {str(v.capability) for v in variants}
     if unknown:

@@ -348,9 +348,9 @@ def two_simplicial_bwd_dkv(
 
 
 
-# Measured on an H100 (docs/kernels.md: what else was tried); elsewhere chosen by registers, spills and the 99 KiB of shared
-# memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32 ones (or six
-# bf16 ones), with operands and code to match.
+# Measured on an H100 (docs/kernels.md: what else was tried; tiles.py has more); elsewhere chosen by registers, spills and the
+# 99 KiB of shared memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32
+# ones (or six bf16 ones), with operands and code to match.
 def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:
     mma_sync = arch in ("sm80", "sm120f")  # no wgmma or tcgen05: accumulators of a warp, not of a warpgroup
     if dtype == "fp32":
@@ -361,12 +361,6 @@ def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[
         }
         if arch == "sm90a" and head_dim <= 128:
             tiles[two_simplicial_bwd_dkv] = (16 if head_dim == 128 else 32, 64, 4, 1)  # 64 rows: wgmma
-    elif head_dim == 256 and arch == "sm90a":
-        tiles = {
-            two_simplicial_fwd: (64, 128, 8, 1),
-            two_simplicial_bwd_dq: {64: (64, 64, 8, 1), 8: (64, 32, 8, 1), 1: (16, 32, 8, 1)}[share],
-            two_simplicial_bwd_dkv: (64, 64, 8, 1),
-        }
     elif head_dim == 256:
         tiles = {
             two_simplicial_fwd: (32, 64, 8 if mma_sync else 4, 1),

@@ -98,6 +98,21 @@ def test_rows_names_the_tile_that_is_right_and_fastest_over_all_shapes(tmp_path)
     assert run("rows", tmp_path / "tuned.json").stdout == "a: M=3  # 1.20x of M=1\nb: M=6 stays\n"
 
 
+def test_rows_are_written_into_the_table_that_the_build_reads(tmp_path):
+    """The best tile replaces its row's or is added, the other rows stay, and a second time changes nothing."""
+    head, c = '"""Doc."""\n\nTILES = {\n', '    # kept\n    "c": {"M": 9},\n'
+    table = tmp_path / "tiles.py"
+    table.write_text(head + '    # old\n    "a": {"M": 1},\n' + c + "}\n")
+    rows = [{"row": name, "tile": {"M": 1}, "speedup": 1.0, "shape": None, "shipped": True} for name in "ab"]
+    rows += [row | {"tile": {"M": 2}, "speedup": 1.5, "right": True, "shipped": False} for row in rows]
+    machine = {"hardware": "a GPU", "date": "2026-11-22"}
+    (tmp_path / "tuned.json").write_text(json.dumps({"rows": rows, "machine": machine}))
+    for _ in range(2):
+        run("rows", tmp_path / "tuned.json", "--write", "--table", table)
+        won = "".join(f'    # 1.50x, a GPU, 2026-11-22\n    "{name}": {{"M": 2}},\n' for name in "ab")
+        assert table.read_text() == head + won + c + "}\n"
+
+
 def test_each_family_has_an_op_to_be_checked_and_timed_in(monkeypatch):
     """What `time` compares with fp64 on the GPU; here the op's CPU kernels answer."""
     simplex_ops = pytest.importorskip("simplex_ops")
