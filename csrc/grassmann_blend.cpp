@@ -2,6 +2,7 @@
 #include "grassmann_blend.h"
 
 #include <cmath>
+#include <limits>
 
 #include "elements.h"
 #include "kernel.h"
@@ -46,6 +47,12 @@ void forward_cpu(const Tensor& h, const Tensor& g, const Tensor& logits, Tensor&
   });
 }
 
+// Elements of a row of a matrix and from one row to the next; what is contiguous is one row, of whatever dimensions.
+std::pair<int64_t, int64_t> rows_of(const Tensor& t) {
+  if (t.is_contiguous()) return {t.numel(), t.numel()};
+  return {t.size(1), t.stride(0)};
+}
+
 template <class In>
 void backward_cpu(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits,
                   const BlendGradients& grads) {
@@ -56,12 +63,13 @@ void backward_cpu(const Tensor& grad_out, const Tensor& h, const Tensor& g, cons
   const auto& [grad_h, grad_g, grad_logits] = grads;
   In* __restrict const to_h = mutable_elements<In>(grad_h), * __restrict const to_g = mutable_elements<In>(grad_g);
   In* __restrict const to_logits = mutable_elements<In>(grad_logits);
-  for_each_element(h.numel(), [=](int64_t i) {
+  const auto [row, stride] = rows_of(grad_logits);
+  for_each_element(h.numel(), [=, row = row, stride = stride](int64_t i) {
     const W alpha = sigmoid(W(logit[i]));
     const W of_h = alpha * W(grad[i]), of_g = (1 - alpha) * W(grad[i]);
     to_h[i] = In(of_h);
     to_g[i] = In(of_g);
-    to_logits[i] = In(of_h * (1 - alpha) * (W(from_h[i]) - W(from_g[i])));
+    to_logits[i / row * stride + i % row] = In(of_h * (1 - alpha) * (W(from_h[i]) - W(from_g[i])));
   });
 }
 
@@ -79,12 +87,10 @@ void run_cuda(const KernelFamily& family, const Tensor& h, std::initializer_list
   launch(kernel, device, current_cuda_stream(device), {blocks, 1, 1}, Span<Arg>(args.data(), args.size()));
 }
 
-Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
-
 }  // namespace
 
 Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits) {
-  Tensor out = like(h);
+  Tensor out = packed_like(h);
   if (out.numel() == 0) return out;
   if (h.is_cpu()) {
     dispatch_floating(h, [&](auto element) { forward_cpu<decltype(element)>(h, g, logits, out); });
@@ -99,21 +105,38 @@ Tensor blended(const Tensor& h, const Tensor& g, const Tensor& logits) {
 }
 
 BlendGradients blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits) {
-  BlendGradients grads{like(h), like(h), like(h)};
-  if (h.numel() == 0) return grads;
+  BlendGradients grads{packed_like(h), packed_like(h), packed_like(h)};
+  blend_gradients(grad_out, h, g, logits, grads);
+  return grads;
+}
+
+void blend_gradients(const Tensor& grad_out, const Tensor& h, const Tensor& g, const Tensor& logits,
+                     const BlendGradients& grads) {
+  const auto& [grad_h, grad_g, grad_logits] = grads;
+  if (h.numel() == 0) return;
   if (h.is_cpu()) {
     dispatch_floating(h, [&](auto element) { backward_cpu<decltype(element)>(grad_out, h, g, logits, grads); });
-  } else {
-    run_cuda(kBackward, h,
-             {{"grad_out_ptr", grad_out.const_data_ptr()},
-              {"h_ptr", h.const_data_ptr()},
-              {"g_ptr", g.const_data_ptr()},
-              {"logits_ptr", logits.const_data_ptr()},
-              {"grad_h_ptr", std::get<0>(grads).const_data_ptr()},
-              {"grad_g_ptr", std::get<1>(grads).const_data_ptr()},
-              {"grad_logits_ptr", std::get<2>(grads).const_data_ptr()}});
+    return;
   }
-  return grads;
+  const auto [row, stride] = rows_of(grad_logits);
+  if (stride != row && row % 8 != 0) {  // the kernel writes eight elements at a time
+    Tensor rows = grad_logits;
+    const Tensor whole = packed_like(grad_logits);
+    blend_gradients(grad_out, h, g, logits, {grad_h, grad_g, whole});
+    torch::stable::copy_(rows, whole);
+    return;
+  }
+  const bool whole = stride == row;
+  run_cuda(kBackward, h,
+           {{"grad_out_ptr", grad_out.const_data_ptr()},
+            {"h_ptr", h.const_data_ptr()},
+            {"g_ptr", g.const_data_ptr()},
+            {"logits_ptr", logits.const_data_ptr()},
+            {"grad_h_ptr", grad_h.const_data_ptr()},
+            {"grad_g_ptr", grad_g.const_data_ptr()},
+            {"grad_logits_ptr", grad_logits.const_data_ptr()},
+            {"row_chunks", whole ? std::numeric_limits<int32_t>::max() : static_cast<int32_t>(row / 8)},
+            {"stride", whole ? int64_t{0} : stride}});
 }
 
 // ---- The op

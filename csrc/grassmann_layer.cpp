@@ -39,6 +39,12 @@ void check_vector(const char* op, const char* name, const Tensor& t, int64_t siz
   expect_like(op, name, t, "x", x);
 }
 
+// A matrix of all tokens as [batch, length, columns], as x is.
+Tensor by_rows(const Tensor& matrix, const Tensor& x) {
+  const int64_t length = x.size(1), columns = matrix.size(1);
+  return reinterpreted(matrix, {x.size(0), length, columns}, {length * columns, columns, 1});
+}
+
 const KernelFamily kGate("grassmann_layer_gate", {"dtype"});
 
 // The blend of x and g and its logits.
@@ -47,12 +53,13 @@ std::pair<Tensor, Tensor> gated(const Tensor& x, const Tensor& g, const Weights&
   const int device = x.is_cpu() ? 0 : x.get_device_index();
   const Kernel* kernel = x.is_cpu() || tokens == 0 ? nullptr : kGate.find_if(device, {dtype_constant(x)});
   if (!kernel || dim % (*kernel)["BLOCK_N"] != 0) {
-    const Tensor logits = linear(g, w.gate_g, bias);
-    multiply_add(flat(x, tokens), transposed(w.gate_x), flat(logits, tokens));
+    const Tensor sums = linear(flat(g, tokens), w.gate_g, bias);
+    multiply_add(flat(x, tokens), transposed(w.gate_x), sums);
+    const Tensor logits = by_rows(sums, x);
     return {blended(x, g, logits), logits};
   }
   const Tensor w_x = packed(w.gate_x), w_g = packed(w.gate_g), b = packed(bias);
-  const Tensor logits = torch::stable::new_empty(x, x.sizes()), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor logits = packed_like(x), out = packed_like(x);
   const int64_t rows = (*kernel)["BLOCK_M"], columns = (*kernel)["BLOCK_N"];
   const auto blocks = static_cast<unsigned>((tokens + rows - 1) / rows * (dim / columns));
   launch(*kernel, device, current_cuda_stream(device), {blocks, 1, 1},
@@ -82,11 +89,20 @@ Outputs grassmann_layer(const Tensor& x, const Tensor& reduce_weight, const Tens
   check_vector(op, "expand_bias", expand_bias, dim, "dim of x", x);
   check_vector(op, "gate_bias", gate_bias, dim, "dim of x", x);
   const Tensor rows = packed(x);
-  const Tensor z = linear(rows, reduce_weight, reduce_bias);
+  const Tensor z = by_rows(linear(flat(rows, x.size(0) * x.size(1)), reduce_weight, reduce_bias), x);
   const auto [p, d] = checked_grassmann_mix(op, z, expand_weight, expand_bias, offsets, valid, cu_seqlens);
   const Tensor g = mixed(p, expand_weight, expand_bias, false);
   const auto [out, logits] = gated(rows, g, weights, gate_bias);
   return {out, z, g, logits};
+}
+
+// The rows of a above those of b.
+Tensor stacked(const Tensor& a, const Tensor& b) {
+  const Tensor both = empty_like_device(a, {a.size(0) + b.size(0), a.size(1)}, a.scalar_type());
+  Tensor upper = row_range(both, 0, a.size(0)), lower = row_range(both, a.size(0), b.size(0));
+  torch::stable::copy_(upper, a);
+  torch::stable::copy_(lower, b);
+  return both;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -105,33 +121,41 @@ Gradients grassmann_layer_backward(const Tensor& grad_out, const Tensor& x, cons
     expect_shape_of(op, name, *t, "x", x);
     expect_like(op, name, *t, "x", x);
   }
-  const int64_t tokens = p.tokens();
-  const Tensor rows = packed(x), mixed_rows = packed(g), all = empty_like_device(x, {tokens, 1}, p.dtype);
-  Tensor ones = all;
-  torch::stable::fill_(ones, 1.0);
-  const auto sum_to = [&](const Tensor& of, const Tensor& to) {  // a product is faster than torch's sum
-    multiply(transposed(of), ones, torch::stable::view(to, {to.size(0), 1}));
-  };
-  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
-
-  const auto [grad_x, grad_g, grad_logits] = blend_gradients(packed(grad_out), rows, mixed_rows, packed(logits));
-  const Tensor to_x = flat(grad_x, tokens), of_logits = flat(grad_logits, tokens);
-  const Tensor grad_gate_x = like(gate_x_weight), grad_gate_g = like(gate_g_weight);
-  const Tensor grad_gate_bias = empty_like_device(x, {d}, p.dtype);
-  multiply(transposed(of_logits), flat(rows, tokens), grad_gate_x);
-  multiply(transposed(of_logits), flat(mixed_rows, tokens), grad_gate_g);
-  sum_to(of_logits, grad_gate_bias);
-  multiply_add(of_logits, gate_x_weight, to_x);
+  const int64_t tokens = p.tokens(), both = d + p.r;
+  const auto empty = [&](std::initializer_list<int64_t> shape) { return empty_like_device(x, shape, p.dtype); };
+  const Tensor rows = packed(x), g_rows = packed(g), x_matrix = flat(rows, tokens);
+  // The gradients of the logits and of z side by side: x owes its gradient to both, and they owe their weights to x.
+  const Tensor wide = empty({tokens, (both + 7) / 8 * 8});
+  const Tensor of_both = column_range(wide, 0, both), of_logits = column_range(wide, 0, d);
+  const Tensor grad_x = empty({p.B, p.L, d}), grad_g = empty({p.B, p.L, d});
+  blend_gradients(packed(grad_out), rows, g_rows, packed(logits), {grad_x, grad_g, of_logits});
+  const Tensor grad_gate_g = empty({d, d});
+  multiply(transposed(of_logits), flat(g_rows, tokens), grad_gate_g);
   multiply_add(of_logits, gate_g_weight, flat(grad_g, tokens));
 
-  const auto [grad_z, grad_expand, grad_expand_bias] = mix_gradients(p, grad_g, expand_weight, false);
-  const Tensor of_z = flat(grad_z, tokens);
-  const Tensor grad_reduce = like(reduce_weight), grad_reduce_bias = empty_like_device(x, {p.r}, p.dtype);
-  multiply(transposed(of_z), flat(rows, tokens), grad_reduce);
-  sum_to(of_z, grad_reduce_bias);
-  multiply_add(of_z, reduce_weight, to_x);
-  return {grad_x,           grad_reduce, grad_reduce_bias, grad_expand,
-          grad_expand_bias, grad_gate_x, grad_gate_g,      grad_gate_bias};
+  const auto [grad_expand, grad_expand_bias] =
+      mix_gradients(p, grad_g, expand_weight, false, column_range(wide, d, p.r));
+  multiply_add(of_both, stacked(gate_x_weight, reduce_weight), flat(grad_x, tokens));
+  const Tensor grad_weights = empty({both, d}), grad_biases = empty({both, 1});
+  multiply(transposed(of_both), x_matrix, grad_weights);
+  Tensor ones = empty({tokens, 1});
+  torch::stable::fill_(ones, 1.0);
+  multiply(transposed(of_both), ones, grad_biases);  // faster than torch's sum
+  const auto part = [&](const Tensor& of, int64_t first, std::initializer_list<int64_t> shape) {
+    const Tensor copy = empty(shape);
+    const int64_t rows = *shape.begin(), columns = of.size(1);
+    Tensor to = reinterpreted(copy, {rows, columns}, {columns, 1});
+    torch::stable::copy_(to, row_range(of, first, rows));
+    return copy;
+  };
+  return {grad_x,
+          part(grad_weights, d, {p.r, d}),
+          part(grad_biases, d, {p.r}),
+          grad_expand,
+          grad_expand_bias,
+          part(grad_weights, 0, {d, d}),
+          grad_gate_g,
+          part(grad_biases, 0, {d})};
 }
 
 }  // namespace

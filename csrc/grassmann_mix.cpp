@@ -38,30 +38,18 @@ GrassmannMix checked_grassmann_mix(const char* op, const Tensor& z, const Tensor
   return {front, d};
 }
 
-namespace {
-
-// The mean [B, L - history, P] and where there is one [B, L - history, 1].
-std::pair<Tensor, Tensor> front_end(const PluckerMean& p, const PluckerFrames& frames) {
-  Tensor pbar = empty_like_device(p.z, {p.B, p.L - p.history, p.planes()}, p.dtype);
-  Tensor seen = empty_like_device(p.z, {p.B, p.L - p.history, 1}, p.dtype);
-  plucker_mean_forward(p, frames, pbar, seen);
-  return {pbar, seen};
-}
-
-}  // namespace
-
 Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, int64_t empty,
              bool bias_everywhere) {
-  if (p.outputs() * weight.size(0) == 0) {
-    return empty_like_device(p.z, {p.B, p.L - p.history, weight.size(0)}, p.dtype);
-  }
-  const auto [pbar, seen] = front_end(p, plucker_frames(p));
-  Tensor g = linear(pbar, weight, bias);
+  const int64_t length = p.L - p.history, d = weight.size(0);
+  if (p.outputs() * d == 0) return empty_like_device(p.z, {p.B, length, d}, p.dtype);
+  const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p));
+  const Tensor rows = linear(pbar, weight, bias);
+  const Tensor g = reinterpreted(rows, {p.B, length, d}, {length * d, d, 1});
   if (!bias || bias_everywhere) return g;
   if (empty < 0) {
-    scale(g, seen);
+    scale(rows, seen);
   } else if (empty > 0) {
-    Tensor without = torch::stable::narrow(g, 1, 0, empty);
+    Tensor without = reinterpreted(rows, {p.B, empty, d}, {length * d, d, 1});
     torch::stable::zero_(without);
   }
   return g;
@@ -74,20 +62,20 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
   return mixed(p, weight, bias, p.valid || p.starts ? -1 : empty, bias_everywhere);
 }
 
-MixGradients mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight, bool bias_everywhere) {
+std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight,
+                                        bool bias_everywhere, const Tensor& grad_z) {
   const int64_t d = weight.size(0);
-  Tensor grad_z = empty_like_device(p.z, {p.B, p.L, p.r}, p.dtype);
   Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
   Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
   const PluckerFrames frames = plucker_frames(p);
-  auto [pbar, seen] = front_end(p, frames);
+  auto [pbar, seen] = plucker_mean_forward(p, frames);
   if (bias_everywhere) torch::stable::fill_(seen, 1.0);
-  const Tensor grad = flat(grad_g, p.tokens()), mean = flat(pbar, p.tokens());
-  multiply(transposed(grad), mean, grad_weight);
-  multiply(transposed(grad), flat(seen, p.tokens()), torch::stable::view(grad_bias, {d, 1}));
-  multiply(grad, weight, mean);  // no longer needed: its buffer takes its gradient
+  const Tensor grad = flat(grad_g, p.tokens());
+  multiply(transposed(grad), pbar, grad_weight);
+  multiply(transposed(grad), seen, reinterpreted(grad_bias, {d, 1}, {1, 1}));
+  multiply(grad, weight, pbar);  // no longer needed: its buffer takes its gradient
   plucker_mean_backward(p, frames, pbar, grad_z);
-  return {grad_z, grad_weight, grad_bias};
+  return {grad_weight, grad_bias};
 }
 
 namespace {
@@ -99,14 +87,19 @@ Tensor grassmann_mix(const Tensor& z, const Tensor& weight, const std::optional<
   return mixed(p, weight, bias, bias_everywhere);
 }
 
-MixGradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Tensor& weight,
-                                    const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
-                                    const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients grassmann_mix_backward(const Tensor& grad_g, const Tensor& z, const Tensor& weight,
+                                 const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
+                                 const std::optional<Tensor>& cu_seqlens, bool bias_everywhere) {
   constexpr const char* op = "grassmann_mix_backward";
   const auto [p, d] = checked_grassmann_mix(op, z, weight, std::nullopt, offsets, valid, cu_seqlens);
   expect_sizes(op, "grad_g", grad_g, {p.B, p.L, d}, "batch and length of z, d of weight");
   expect_like(op, "grad_g", grad_g, "z", z);
-  return mix_gradients(p, packed(grad_g), weight, bias_everywhere);
+  const Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
+  const auto [grad_weight, grad_bias] =
+      mix_gradients(p, packed(grad_g), weight, bias_everywhere, flat(grad_z, p.tokens()));
+  return {grad_z, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -23,8 +23,9 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
 // The same of whole sequences.
 Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, bool bias_everywhere);
 
-// With respect to z, weight and bias. grad_g: packed() [B, L, d].
-using MixGradients = std::tuple<Tensor, Tensor, Tensor>;
-MixGradients mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight, bool bias_everywhere);
+// With respect to weight and bias, and to z, which is written to grad_z [B * L, r], a matrix of any row stride.
+// grad_g: packed() [B, L, d].
+std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight,
+                                        bool bias_everywhere, const Tensor& grad_z);
 
 }  // namespace simplex

@@ -20,9 +20,25 @@ std::string bracketed(const Shape& shape) {
 
 bool data_is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
+// The C shim rather than torch::stable::empty, which looks the op up by name at every call (1 us).
+Tensor empty(const Tensor& on_device_of, const int64_t* sizes, size_t dims, int32_t dtype) {
+  std::vector<int64_t> strides(dims);
+  int64_t step = 1;
+  for (size_t d = dims; d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on_device_of.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides.data(), dtype,
+                                                         device_type, on_device_of.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 Tensor copy_packed(const Tensor& t) {
   // Not contiguous() or clone(): the one returns a misaligned view as it is, the other keeps the order of the strides.
-  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  Tensor copy = packed_like(t);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -130,20 +146,21 @@ std::array<int64_t, 3> leading_strides(const Tensor& t) {
 }
 
 Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t step = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= std::max<int64_t>(shape.begin()[d], 1);
-  }
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  // The C shim rather than torch::stable::empty, which looks the op up by name at every call (1 us).
+  return empty(t, shape.begin(), shape.size(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)));
+}
+
+Tensor packed_like(const Tensor& t) {
+  const auto sizes = t.sizes();
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return empty(t, sizes.data(), sizes.size(), dtype);
+}
+
+Tensor reinterpreted(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                     int64_t first) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               t.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.begin(), strides.begin(), first, &handle));
   return Tensor(handle);
 }
 

@@ -63,6 +63,14 @@ std::array<int64_t, 3> leading_strides(const Tensor& t);
 // An uninitialised contiguous tensor on t's device.
 Tensor empty_like_device(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype);
 
+// The same of t's sizes and dtype.
+Tensor packed_like(const Tensor& t);
+
+// What t holds from element `first` on as a tensor of other sizes and strides: rows, columns, a transposed matrix. By
+// the C shim, too.
+Tensor reinterpreted(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                     int64_t first = 0);
+
 // The current CUDA stream of torch. Looked up at run time: libtorch_cuda.so does not exist beside a CPU-only torch.
 void* current_cuda_stream(int device);
 

@@ -63,13 +63,13 @@ namespace {
 const KernelFamily kOffsets("plucker_mean_offsets", {});
 const KernelFamily kFrame("plucker_mean_frame", {"dtype", "HEAD_DIM"});
 const KernelFamily kForward("plucker_mean_fwd", {"dtype"});
-const KernelFamily kBackwardFrame("plucker_mean_bwd_frame", {"dtype", "HEAD_DIM"});
+const KernelFamily kBackwardFrame("plucker_mean_bwd_frame", {"dtype"});
 const KernelFamily kBackwardToken("plucker_mean_bwd_token", {"dtype", "HEAD_DIM"});
 
 // So many offsets are arguments of the kernels.
 constexpr size_t kFewOffsets = 8;
 
-int64_t padded_rank(const PluckerMean& p) { return (p.r + 7) / 8 * 8; }
+int64_t padded(int64_t size) { return (size + 7) / 8 * 8; }
 
 int32_t as_i32(int64_t value) { return static_cast<int32_t>(value); }
 
@@ -81,7 +81,8 @@ class Launch {
         device_(p.z.get_device_index()),
         stream_(current_cuda_stream(device_)),
         dtype_(dtype_constant(p.z)),
-        width_(as_i32(padded_rank(p))) {
+        width_(as_i32(padded(p.r))),
+        stride_(as_i32(padded(p.outputs()))) {
     STD_TORCH_CHECK(p.tokens() < int64_t{1} << 29, "plucker_mean: ", p.tokens(), " tokens exceed a CUDA grid");
   }
 
@@ -90,8 +91,7 @@ class Launch {
     const Kernel& kernel = family.find(device_, {dtype_, head_dim()});
     int32_t o[kFewOffsets] = {};
     if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
-    std::vector<Arg> args = {{"z_ptr", frames.z.const_data_ptr()},
-                             {"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
+    std::vector<Arg> args = {{"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
                              {"cu_seqlens_ptr", (p_.starts ? *p_.starts : p_.z).const_data_ptr()},
                              {"offsets_ptr", (frames.offsets ? *frames.offsets : p_.z).const_data_ptr()}};
     for (size_t i = 0; i < kFewOffsets; ++i) args.push_back({kOffsetNames[i], o[i]});
@@ -100,6 +100,7 @@ class Launch {
     args.insert(args.end(), {{"num_tokens", as_i32(p_.outputs())},
                              {"length", as_i32(p_.L)},
                              {"width", width_},
+                             {"stride", stride_},
                              {"num_offsets", as_i32(p_.offsets.size())},
                              {"has_valid", as_i32(p_.valid.has_value())},
                              {"num_sequences", as_i32(p_.sequences())},
@@ -108,30 +109,18 @@ class Launch {
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
 
-  // A kernel of the planes: a program has `part` of the `whole` of each of its tokens.
-  void planes(const Kernel& kernel, const PluckerFrames& frames, int64_t whole, int64_t part, const Arg& first,
-              const Arg& second) const {
-    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), blocks(whole, part), 1};
-    launch(kernel, device_, stream_, grid,
-           {{"frame_ptr", frames.frame->const_data_ptr()},
-            {"count_ptr", frames.count->const_data_ptr()},
-            first,
-            second,
-            {"num_tokens", as_i32(p_.outputs())},
-            {"r", as_i32(p_.r)},
-            {"width", width_}});
-  }
-
-  void forward(const PluckerFrames& frames, Tensor& pbar, Tensor& seen) const {
+  void forward(const PluckerFrames& frames, const Tensor& pbar) const {
     const Kernel& kernel = kForward.find(device_, {dtype_});
-    planes(kernel, frames, p_.planes(), kernel["BLOCK_P"], {"pbar_ptr", pbar.const_data_ptr()},
-           {"seen_ptr", seen.const_data_ptr()});
+    const unsigned tokens = blocks(stride_, kernel["BLOCK_T"]);
+    // A few tokens, as in decoding, would be a few programs that wait for their loads.
+    const unsigned shares = std::clamp(kEnoughPrograms / tokens, 2u, 16u);
+    planes(kernel, {tokens, blocks(p_.r, kernel["BLOCK_R"]), shares}, frames, {{"pbar_ptr", pbar.const_data_ptr()}});
   }
 
   void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
-    const Kernel& kernel = kBackwardFrame.find(device_, {dtype_, head_dim()});
-    planes(kernel, frames, p_.r, kernel["BLOCK_R"], {"grad_pbar_ptr", grad_pbar.const_data_ptr()},
-           {"turn_ptr", turn.const_data_ptr()});
+    const Kernel& kernel = kBackwardFrame.find(device_, {dtype_});
+    planes(kernel, {blocks(stride_, kernel["BLOCK_T"]), blocks(width_, kernel["BLOCK_R"]), 1}, frames,
+           {{"grad_pbar_ptr", grad_pbar.const_data_ptr()}, {"turn_ptr", turn.const_data_ptr()}});
   }
 
   // As arguments of a kernel: a copy from the CPU could not be captured in a CUDA graph, and would wait for the GPU.
@@ -150,9 +139,18 @@ class Launch {
   }
 
  private:
+  static constexpr unsigned kEnoughPrograms = 512;
   static constexpr const char* kOffsetNames[kFewOffsets] = {"o0", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
 
   static unsigned blocks(int64_t whole, int64_t part) { return static_cast<unsigned>((whole + part - 1) / part); }
+
+  void planes(const Kernel& kernel, const std::array<unsigned, 3>& grid, const PluckerFrames& frames,
+              std::initializer_list<Arg> own) const {
+    std::vector<Arg> args = {{"frame_ptr", frames.frame->const_data_ptr()}};
+    args.insert(args.end(), own);
+    args.insert(args.end(), {{"r", as_i32(p_.r)}, {"width", width_}, {"stride", stride_}});
+    launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
+  }
 
   int64_t head_dim() const { return width_ <= 32 ? 32 : width_ <= 64 ? 64 : kMaxRank; }
 
@@ -168,11 +166,12 @@ class Launch {
   void* stream_;
   int64_t dtype_;
   int32_t width_;
+  int32_t stride_;
 };
 
 // z with rows of whole 16 bytes.
-Tensor padded(const PluckerMean& p) {
-  const int64_t width = padded_rank(p);
+Tensor padded_rows(const PluckerMean& p) {
+  const int64_t width = padded(p.r);
   if (width == p.r) return p.z;
   Tensor wide = torch::stable::new_zeros(p.z, {p.B, p.L, width});
   Tensor rows = torch::stable::narrow(wide, 2, 0, p.r);
@@ -180,14 +179,21 @@ Tensor padded(const PluckerMean& p) {
   return wide;
 }
 
-void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
+void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& grad_z) {
   const Launch launch(p);
-  const Tensor turn = empty_like_device(p.z, {p.B, p.L, 2, padded_rank(p)}, ScalarType::Float);
+  const int64_t width = padded(p.r);
+  const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
   launch.backward(frames, grad_pbar, turn);
-  const bool exact = padded_rank(p) == p.r;
-  const Tensor wide = exact ? grad_z : empty_like_device(p.z, {p.B, p.L, padded_rank(p)}, p.dtype);
-  launch.pairs(kBackwardToken, frames, {{"turn_ptr", turn.const_data_ptr()}, {"grad_z_ptr", wide.const_data_ptr()}});
-  if (!exact) torch::stable::copy_(grad_z, torch::stable::narrow(const_cast<Tensor&>(wide), 2, 0, p.r));
+  // The kernel writes 16 bytes at a time.
+  const bool direct =
+      width == p.r && grad_z.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
+  const Tensor rows = direct ? grad_z : empty_like_device(p.z, {p.tokens(), width}, p.dtype);
+  launch.pairs(kBackwardToken, frames,
+               {{"turn_ptr", turn.const_data_ptr()},
+                {"grad_z_ptr", rows.const_data_ptr()},
+                {"grad_stride", as_i32(rows.stride(0))}});
+  Tensor to = grad_z;
+  if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
 
 }  // namespace
@@ -195,24 +201,36 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
 PluckerFrames plucker_frames(const PluckerMean& p) {
   if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};
   const Launch launch(p);
-  PluckerFrames frames{padded(p), {}, {}, {}};
+  PluckerFrames frames{padded_rows(p), {}, {}, {}};
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
-  frames.frame = empty_like_device(p.z, {p.outputs(), 2, padded_rank(p)}, ScalarType::Float);
-  frames.count = empty_like_device(p.z, {p.outputs()}, ScalarType::Float);
-  launch.pairs(kFrame, frames, {{"count_ptr", frames.count->const_data_ptr()}, {"history", as_i32(p.history)}});
+  frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, padded(p.outputs())}, ScalarType::Float);
+  frames.seen = empty_like_device(p.z, {p.outputs(), 1}, p.dtype);
+  launch.pairs(kFrame, frames,
+               {{"z_ptr", frames.z.const_data_ptr()},
+                {"seen_ptr", frames.seen->const_data_ptr()},
+                {"history", as_i32(p.history)}});
   return frames;
 }
 
-void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames, Tensor& pbar, Tensor& seen) {
-  if (p.outputs() == 0) return;
-  if (p.z.is_cpu()) {
-    plucker_mean_forward_cpu(p, pbar, seen);
-  } else {
-    Launch(p).forward(frames, pbar, seen);
-  }
+Tensor empty_planes(const PluckerMean& p) {
+  if (p.z.is_cpu()) return empty_like_device(p.z, {p.outputs(), p.planes()}, p.dtype);
+  const Tensor by_planes = empty_like_device(p.z, {p.planes(), padded(p.outputs())}, p.dtype);
+  return reinterpreted(by_planes, {p.outputs(), p.planes()}, {1, by_planes.stride(0)});
 }
 
-void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z) {
+MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames) {
+  MeanPlucker mean{empty_planes(p), frames.seen ? *frames.seen : empty_like_device(p.z, {p.outputs(), 1}, p.dtype)};
+  if (p.outputs() == 0) return mean;
+  if (p.z.is_cpu()) {
+    plucker_mean_forward_cpu(p, mean.pbar, mean.seen);
+  } else {
+    Launch(p).forward(frames, mean.pbar);
+  }
+  return mean;
+}
+
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
+                           const Tensor& grad_z) {
   if (p.tokens() == 0) return;
   if (p.z.is_cpu()) {
     plucker_mean_backward_cpu(p, grad_pbar, grad_z);
@@ -228,10 +246,8 @@ namespace {
 Tensor plucker_mean(const Tensor& z, const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                     const std::optional<Tensor>& cu_seqlens) {
   const auto p = checked_plucker_mean("plucker_mean", z, offsets, valid, cu_seqlens);
-  Tensor pbar = empty_like_device(z, {p.B, p.L, p.planes()}, p.dtype);
-  Tensor seen = empty_like_device(z, {p.B, p.L}, p.dtype);
-  plucker_mean_forward(p, plucker_frames(p), pbar, seen);
-  return pbar;
+  const Tensor by_planes = plucker_mean_forward(p, plucker_frames(p)).pbar;
+  return torch::stable::view(packed(by_planes), {p.B, p.L, p.planes()});
 }
 
 Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const std::vector<int64_t>& offsets,
@@ -240,8 +256,14 @@ Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const 
   const auto p = checked_plucker_mean(op, z, offsets, valid, cu_seqlens);
   expect_sizes(op, "grad_pbar", grad_pbar, {p.B, p.L, p.planes()}, "batch and length of z, r * (r - 1) / 2");
   expect_like(op, "grad_pbar", grad_pbar, "z", z);
-  Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
-  plucker_mean_backward(p, plucker_frames(p), packed(grad_pbar), grad_z);
+  const Tensor grad_z = empty_like_device(z, {p.B, p.L, p.r}, p.dtype);
+  Tensor by_planes = torch::stable::view(packed(grad_pbar), {p.tokens(), p.planes()});
+  if (!z.is_cpu()) {
+    const Tensor by_tokens = by_planes;
+    by_planes = empty_planes(p);
+    torch::stable::copy_(by_planes, by_tokens);
+  }
+  plucker_mean_backward(p, plucker_frames(p), by_planes, reinterpreted(grad_z, {p.tokens(), p.r}, {p.r, 1}));
   return grad_z;
 }
 

@@ -34,20 +34,28 @@ PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vec
 struct PluckerFrames {
   Tensor z;                       // [B, L, width], width: r padded with zeros to a multiple of 8
   std::optional<Tensor> offsets;  // int32, if they are too many to be arguments of a kernel
-  std::optional<Tensor> frame;    // fp32 [outputs, 2, width]: the unit token and the mean direction of its pairs
-  std::optional<Tensor> count;    // fp32 [outputs]: N_t
+  std::optional<Tensor> frame;    // fp32 [2 width + 2, stride], triton_kernels/plucker_mean.py says of what
+  std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
 PluckerFrames plucker_frames(const PluckerMean& p);
 
-// pbar: packed() [B, L - history, P]. seen: packed() [B, L - history] of z's dtype, 1 where N_t > 0 and 0 elsewhere.
-// Both are written whole.
-void plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames, Tensor& pbar, Tensor& seen);
-// grad_pbar: packed() [B, L, P]. grad_z: packed() [B, L, r], written whole.
-void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, Tensor& grad_z);
+// What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
+// the CPU; plane after plane on CUDA, where matrix products take either.
+Tensor empty_planes(const PluckerMean& p);
+
+struct MeanPlucker {
+  Tensor pbar;  // as empty_planes() is
+  Tensor seen;  // [outputs, 1] of z's dtype: 1 where N_t > 0, 0 elsewhere
+};
+
+MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& frames);
+// grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
+void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
+                           const Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);
-void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z);
+void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z);
 
 }  // namespace simplex

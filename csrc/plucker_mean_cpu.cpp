@@ -172,12 +172,13 @@ void contract(const In* grad, int64_t r, int64_t width, const T* u, const T* mea
 }
 
 template <class In>
-void backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
+void backward(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z) {
   using T = Wide<In>;
   const Problem<In> problem(p);
   const int64_t width = problem.width;
   const In* const grad = elements<In>(grad_pbar);
   In* const out = mutable_elements<In>(grad_z);
+  const int64_t out_stride = grad_z.stride(0);
 
   // What a token's own mean tells it (times |z_t|), and h_t / N_t, which the earlier tokens of its pairs need.
   std::vector<T> own(p.tokens() * width), shares(p.tokens() * width);
@@ -211,7 +212,7 @@ void backward(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
       for (int64_t j = 0; j < width; ++j) sum[j] -= (share[j] - beta * direction[j]) / between.sine;
     }
     const T largest = problem.sizes[token * 2], norm = problem.sizes[token * 2 + 1];
-    for (int64_t j = 0; j < p.r; ++j) out[token * p.r + j] = In(norm == 0 ? T(0) : sum[j] / norm / largest);
+    for (int64_t j = 0; j < p.r; ++j) out[token * out_stride + j] = In(norm == 0 ? T(0) : sum[j] / norm / largest);
   });
 }
 
@@ -221,7 +222,7 @@ void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen) 
   dispatch_floating(p.z, [&](auto element) { forward<decltype(element)>(p, pbar, seen); });
 }
 
-void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, Tensor& grad_z) {
+void plucker_mean_backward_cpu(const PluckerMean& p, const Tensor& grad_pbar, const Tensor& grad_z) {
   dispatch_floating(p.z, [&](auto element) { backward<decltype(element)>(p, grad_pbar, grad_z); });
 }
 

@@ -18,15 +18,23 @@ Function* on_cuda(Function*, const char* name) {
 
 }  // namespace
 
-Tensor flat(const Tensor& t, int64_t rows) { return torch::stable::view(t, {rows, t.size(-1)}); }
+Tensor flat(const Tensor& t, int64_t rows) {
+  const int64_t columns = t.size(-1);
+  return reinterpreted(t, {rows, columns}, {columns, 1});
+}
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+Tensor transposed(const Tensor& matrix) {
+  return reinterpreted(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+Tensor row_range(const Tensor& matrix, int64_t first, int64_t count) {
+  const int64_t stride = matrix.stride(0);
+  return reinterpreted(matrix, {count, matrix.size(1)}, {stride, matrix.stride(1)}, first * stride);
+}
+
+Tensor column_range(const Tensor& matrix, int64_t first, int64_t count) {
+  const int64_t stride = matrix.stride(1);
+  return reinterpreted(matrix, {matrix.size(0), count}, {matrix.stride(0), stride}, first * stride);
 }
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -38,13 +46,30 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(mm_out(out.get(), a.get(), b.get()));
 }
 
-void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) {
+namespace {
+
+// out = base + a b
+void add_product(const Tensor& base, const Tensor& a, const Tensor& b, const Tensor& out) {
   auto* addmm_out = &aoti_torch_cpu_addmm_out;
   if (!a.is_cpu()) {
     static auto* const found = on_cuda(addmm_out, "aoti_torch_cuda_addmm_out");
     addmm_out = found;
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), base.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+}  // namespace
+
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) { add_product(out, a, b, out); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor out = empty_like_device(x, {x.size(0), weight.size(0)}, x.scalar_type());
+  if (bias) {
+    add_product(*bias, x, transposed(weight), out);
+  } else {
+    multiply(x, transposed(weight), out);
+  }
+  return out;
 }
 
 }  // namespace simplex

@@ -26,25 +26,29 @@ def run(problem, head_dim, block, history):
     def nan(*shape, dtype=torch.float32):
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    frame, count = nan(outputs, 2, width), nan(outputs)
+    stride = -(-outputs // 8) * 8
+    frame, seen = nan(2 * width + 2, stride), nan(batch, length - history, dtype=z.dtype)
     pairs = few | dict(
-        z_ptr=z, cu_seqlens_ptr=z if starts is None else starts, num_sequences=sequences,
-        search_steps=max(0, sequences - 1).bit_length(), valid_ptr=z if valid is None else valid.to(torch.int8),
-        offsets_ptr=offsets, num_tokens=outputs, length=length, width=width, num_offsets=len(kept),
-        has_valid=int(valid is not None), frame_ptr=frame, HEAD_DIM=head_dim, BLOCK_T=block,
+        valid_ptr=z if valid is None else valid.to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
+        offsets_ptr=offsets, frame_ptr=frame, num_tokens=outputs, length=length, width=width, stride=stride,
+        num_offsets=len(kept), has_valid=int(valid is not None), num_sequences=sequences,
+        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block,
     )  # fmt: skip
-    planes = dict(frame_ptr=frame, count_ptr=count, num_tokens=outputs, r=r, width=width, BLOCK_T=block)
-    grid = (-(-outputs // block),)
-    kernels.plucker_mean_frame[grid](count_ptr=count, history=history, **pairs)
-    pbar = nan(batch, length - history, r * (r - 1) // 2, dtype=z.dtype)
-    seen = nan(batch, length - history, dtype=z.dtype)
-    kernels.plucker_mean_fwd[(*grid, -(-pbar.shape[-1] // 64))](pbar_ptr=pbar, seen_ptr=seen, BLOCK_P=64, **planes)
+    planes = dict(frame_ptr=frame, r=r, width=width, stride=stride, BLOCK_T=8, BLOCK_R=16)
+    kernels.plucker_mean_frame[(-(-outputs // block),)](z_ptr=z, seen_ptr=seen, history=history, **pairs)
+    by_planes = nan(r * (r - 1) // 2, stride, dtype=z.dtype)
+    kernels.plucker_mean_fwd[(stride // 8, -(-r // 16), 3)](pbar_ptr=by_planes, **planes)
+    pbar = by_planes[:, :outputs].T.clone().view(batch, length - history, -1)
     if history > 0:
         return pbar, seen, None
-    turn, grad_z = nan(outputs, 2, width), nan(*z.shape, dtype=z.dtype)
-    of_planes = planes | {"HEAD_DIM": max(head_dim, 16), "BLOCK_R": 16}  # several tiles where HEAD_DIM is larger
-    kernels.plucker_mean_bwd_frame[(*grid, -(-r // 16))](grad_pbar_ptr=problem.grad, turn_ptr=turn, **of_planes)
-    kernels.plucker_mean_bwd_token[grid](turn_ptr=turn, grad_z_ptr=grad_z, **pairs)
+    turn, grad_z = nan(2 * width, stride), nan(*z.shape, dtype=z.dtype)
+    by_planes[:, :outputs] = problem.grad.flatten(0, 1).T
+    kernels.plucker_mean_bwd_frame[(stride // 8, -(-width // 16))](
+        grad_pbar_ptr=by_planes, turn_ptr=turn, UNROLL=2, **planes
+    )
+    kernels.plucker_mean_bwd_token[(-(-outputs // block),)](
+        turn_ptr=turn, grad_z_ptr=grad_z, grad_stride=width, **pairs
+    )
     return pbar, seen, grad_z[..., :r]
 
 

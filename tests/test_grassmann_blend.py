@@ -147,10 +147,14 @@ def test_autocast(device):
     torch.testing.assert_close(out.float(), reference.grassmann_blend(h, g, logits), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize(("numel", "dtype"), [(100, "float32"), (64, "float16"), (5, "float32"), (71, "float32")])
-def test_kernels_in_the_interpreter(numel, dtype, interpreter):
-    """Whole programs, the last elements by themselves, and only those."""
-    for output, error in interpreter("interpreted_grassmann_blend", dict(numel=numel, block=32, dtype=dtype)).items():
+@pytest.mark.parametrize(
+    ("numel", "dtype", "row"),
+    [(100, "float32", 0), (64, "float16", 0), (5, "float32", 0), (71, "float32", 0), (120, "float32", 24)],
+)
+def test_kernels_in_the_interpreter(numel, dtype, row, interpreter):
+    """Whole programs, the last elements by themselves, and only those; gradients of the logits in rows of a wider matrix."""
+    case = dict(numel=numel, block=32, dtype=dtype, row=row)
+    for output, error in interpreter("interpreted_grassmann_blend", case).items():
         assert error < (1e-3 if dtype == "float16" else 1e-6), f"{output}: {error:.1e}"  # NaN fails too
 
 

@@ -9,6 +9,7 @@ import torch
 from grassmann import DTYPES, starts
 from problem import LAYOUTS, assert_close_to_truth, assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import simplex_ops
 
@@ -189,10 +190,10 @@ def test_kernel_in_the_interpreter(tokens, interpreter):
 def test_flops():
     inputs = [x.requires_grad_() for x in draw(torch.float32, "cpu", 3, 10, 8, 4)[:-1]]
     z = torch.randn(3, 10, 4)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         simplex_ops.plucker_mean(z, OFFSETS)
     mean = counter.get_total_flops()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         op(*inputs, OFFSETS).sum().backward()
     products = 2 * 30 * 8 * (4 + 6 + 16)
     assert counter.get_total_flops() == 3 * products + 4 * mean + 30 * 8 * (8 + 11)

@@ -69,6 +69,38 @@ def test_every_arch_has_the_same_keys(manifest):
         assert hopper > keys["sm80"]
 
 
+def argument_lists(source):
+    """The names in each list {{"name", value}, ...} of the C++ text."""
+    items = []
+    for match in re.finditer(r'\{"(\w+)",', source):
+        end, depth = match.end(), 1
+        while depth > 0:
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        items.append((match.start(), end, match[1]))
+    lists = []
+    for item, before in zip(items, [None, *items], strict=False):
+        if before is None or source[before[1] : item[0]].strip() != ",":
+            lists.append([])
+        lists[-1].append(item[2])
+    return lists
+
+
+def test_launches_name_their_arguments_in_order(manifest):
+    """The launcher compares them, too, but at a launch: on a GPU."""
+    orders = {row["family"]: [name for name, *_ in row["parameters"]] for row in manifest["kernels"]}
+    found = 0
+    for path in sorted((ROOT / "csrc").glob("*.cpp")):
+        source = path.read_text()
+        launched = [f" {' '.join(names)} " for family, names in orders.items() if f'"{family}"' in source]
+        known = set(" ".join(launched).split())
+        for names in argument_lists(source):
+            if known.issuperset(names):
+                found += 1
+                assert any(f" {' '.join(names)} " in order for order in launched), f"{path.name}: {names}"
+    assert found > 10
+
+
 @functools.cache
 def main_loops(cubin):
     """The instructions of the smallest loops that hold more than one tensor-core product, from the disassembly."""
@@ -107,6 +139,12 @@ def test_no_spills_in_the_main_loops(manifest, family):
         assert len(loops) >= 2  # one for each warpgroup that multiplies
         spills = [x for loop in loops for x in loop if re.search(r"\b(LDL|STL)", x)]
         assert len(spills) <= SPILLS[family], f"{name}: {spills}"
+
+
+def test_grassmann_kernels_do_not_spill(manifest):
+    rows = [row for row in manifest["kernels"] if row["family"].startswith(("plucker_", "grassmann_"))]
+    assert rows
+    assert {row["name"]: row["spills"] for row in rows if row["spills"]} == {}
 
 
 def test_dq_keeps_q_apart_from_the_score_gradients(manifest):

@@ -29,7 +29,7 @@ def _blend(h_ptr, g_ptr, logits_ptr, out_ptr, at, mask):
 
 
 @triton.jit
-def _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, at, mask):
+def _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, at, to, mask):
     alpha = _gate(logits_ptr, at, mask)
     grad = _read(grad_out_ptr, at, mask)
     grad_h = alpha * grad
@@ -37,7 +37,7 @@ def _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_p
     dtype = h_ptr.dtype.element_ty
     tl.store(grad_h_ptr + at, grad_h.to(dtype), mask=mask)
     tl.store(grad_g_ptr + at, ((1.0 - alpha) * grad).to(dtype), mask=mask)
-    tl.store(grad_logits_ptr + at, grad_logits.to(dtype), mask=mask)
+    tl.store(grad_logits_ptr + to, grad_logits.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -56,15 +56,21 @@ def grassmann_blend_fwd(
 @triton.jit
 def grassmann_blend_bwd(
     grad_out_ptr: "*dtype:16", h_ptr: "*dtype:16", g_ptr: "*dtype:16", logits_ptr: "*dtype:16", grad_h_ptr: "*dtype:16",
-    grad_g_ptr: "*dtype:16", grad_logits_ptr: "*dtype:16", numel: "i64",
+    grad_g_ptr: "*dtype:16", grad_logits_ptr: "*dtype:16", row_chunks: "i32", stride: "i64:8", numel: "i64",
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """grad_logits has rows of 8 * row_chunks elements, `stride` apart; what is in one piece is one row."""
+    chunk = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    eight = tl.arange(0, 8)[None, :]
+    at = chunk.to(tl.int64)[:, None] * 8 + eight
+    to = (chunk // row_chunks).to(tl.int64)[:, None] * stride + (chunk % row_chunks).to(tl.int64)[:, None] * 8 + eight
     whole = numel // 8 * 8
-    _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, at, at < whole)
+    _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, at, to, at < whole)
     if tl.program_id(0) == 0:
         rest = whole + tl.arange(0, 8)
-        _blend_backward(grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, rest, rest < numel)
+        _blend_backward(
+            grad_out_ptr, h_ptr, g_ptr, logits_ptr, grad_h_ptr, grad_g_ptr, grad_logits_ptr, rest, rest, rest < numel
+        )
 
 
 # Not measured: 8 elements a thread, one 16-byte load of bf16 from each tensor.

@@ -1,13 +1,21 @@
 """The mean Plücker vector of Grassmann mixing (arXiv 2512.19428): portable Triton kernels, forward and backward.
 
 All planes of a token's mean contain the token, so they add up to one plane u ^ Y: u the unit token, Y the mean of unit
-vectors normal to it. Two kernels work on these frames, one token a row: `plucker_mean_frame` finds them, `_bwd_token` leads
-their gradient back to z. Two work on the packed coordinates, which grow with the square of r: `_fwd` and `_bwd_frame`.
+vectors normal to it. Two kernels work on these frames, one token after another: `plucker_mean_frame` finds them, `_bwd_token`
+leads their gradient back to z. Two work on the packed coordinates, which grow with the square of r: `_fwd` and `_bwd_frame`.
 
 The gradient of a token has a part from its own mean and one from each later token that it is paired with: gathered,
 without atomics, so that the result does not depend on timing.
 
-Rows of z and of frames are `width` elements long: r, padded with zeros to a multiple of 8, so that 16 bytes load at once.
+What lies between the kernels has a row for each coordinate and a column for each token, so that threads side by side read
+and write tokens side by side, whichever plane they are at:
+
+    frame [2 * width + 2, stride]   u, Y, N and 1 / |z|
+    pbar, its gradient [P, stride]
+    turn [2 * width, stride]        Om u / N and Om Y, with Om the antisymmetric matrix of the gradient of pbar
+
+`width` is r, padded with zeros to a multiple of 8, as are the rows of z; `stride` the number of tokens, padded to one as well,
+so that 16 bytes load at once. What stands in the columns past the tokens is never looked at.
 """
 
 import itertools
@@ -56,10 +64,9 @@ def _rows(ptr, token, width, mask, R: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(ptr, token, width, mask, x, R: tl.constexpr):
-    d = tl.arange(0, R)
-    at = token.to(tl.int64)[:, None] * width + d[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < width)[None, :])
+def _columns(first, token, stride, R: tl.constexpr):
+    """Where the R rows from row `first` of a matrix have the columns of tokens: [BLOCK_T, R]."""
+    return (first + tl.arange(0, R)).to(tl.int64)[None, :] * stride + token[:, None]
 
 
 @triton.jit
@@ -122,23 +129,23 @@ def _is_valid(valid_ptr, token, mask, has_valid):
 
 @triton.jit
 def plucker_mean_frame(
-    z_ptr: "*dtype:16", valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", count_ptr: "*fp32:16",
-    history: "i32", num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
+    frame_ptr: "*fp32:16", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """u, Y [2, width] and N of all tokens but the first `history` of each row."""
+    """The frames of all tokens but the first `history` of each row, and 1 where a token is paired, 0 elsewhere."""
     output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = output < num_tokens
     token = output + (output // (length - history) + 1) * history
-    x, _largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
-    u = _unit(x, norm)
+    x, largest, own_norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
+    u = _unit(x, own_norm)
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean = tl.zeros_like(u)
-    count = tl.zeros_like(tl.sum(u, 1))
+    count = tl.zeros_like(own_norm)
     for k in range(0, num_offsets):
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
@@ -146,144 +153,136 @@ def plucker_mean_frame(
         _cosine, factor, w = _angle(u, v, norm)
         mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
         count += tl.where(pairs, 1.0, 0.0)
-    _store_rows(frame_ptr, 2 * output, width, token_ok, u, HEAD_DIM)
-    _store_rows(frame_ptr, 2 * output + 1, width, token_ok, mean / tl.maximum(count, 1.0)[:, None], HEAD_DIM)
-    tl.store(count_ptr + output, count, mask=token_ok)
+    mean = mean / tl.maximum(count, 1.0)[:, None]
+    inverse = tl.where(own_norm == 0, 0.0, 1.0 / (tl.where(own_norm == 0, 1.0, own_norm) * largest))
+    mask = token_ok[:, None] & (tl.arange(0, HEAD_DIM) < width)[None, :]
+    tl.store(frame_ptr + _columns(0, output, stride, HEAD_DIM), u, mask=mask)
+    tl.store(frame_ptr + _columns(width, output, stride, HEAD_DIM), mean, mask=mask)
+    last = frame_ptr + 2 * width.to(tl.int64) * stride
+    tl.store(last + output, count, mask=token_ok)
+    tl.store(last + stride + output, inverse, mask=token_ok)
+    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
 
 
 @triton.jit
 def plucker_mean_fwd(
-    frame_ptr: "*fp32:16", count_ptr: "*fp32:16", pbar_ptr: "*dtype:16", seen_ptr: "*dtype:16",
-    num_tokens: "i32", r: "i32", width: "i32:8",
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    frame_ptr: "*fp32:16", pbar_ptr: "*dtype:16", r: "i32", width: "i32:8", stride: "i32:8",
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """pbar = u ^ Y, of which a program has BLOCK_P elements, and whether there is anything to it.
-
-    Consecutive threads write consecutive elements: whole rows of the triangle i < j would share their 32 bytes of memory.
-    """
-    plane = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    planes = r * (r - 1) // 2
-    plane_ok = plane < planes
-    # The row i that starts at i (2 r - 1 - i) / 2 or before; the square root is rounded.
-    odd = 2 * r - 1
-    root = tl.sqrt(tl.maximum(odd * odd - 8 * plane, 0).to(tl.float32))
-    i = ((odd.to(tl.float32) - root) * 0.5).to(tl.int32)
-    i = tl.where(i * (odd - i) // 2 > plane, i - 1, i)
-    i = tl.where((i + 1) * (odd - i - 1) // 2 <= plane, i + 1, i)
-    j = plane - i * (odd - i) // 2 + i + 1
-    begin = tl.program_id(0) * BLOCK_T
-    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
-        token = begin.to(tl.int64) + step
-        u = frame_ptr + token * (2 * width)
-        mean = u + width
-        u_i, u_j = tl.load(u + i, mask=plane_ok, other=0.0), tl.load(u + j, mask=plane_ok, other=0.0)
-        mean_i, mean_j = tl.load(mean + i, mask=plane_ok, other=0.0), tl.load(mean + j, mask=plane_ok, other=0.0)
-        pbar = (u_i * mean_j - mean_i * u_j).to(pbar_ptr.dtype.element_ty)
-        tl.store(pbar_ptr + token * planes + plane, pbar, mask=plane_ok)
-    if tl.program_id(1) == 0:
-        tokens = begin + tl.arange(0, BLOCK_T)
-        count = tl.load(count_ptr + tokens, mask=tokens < num_tokens, other=0.0)
-        seen = tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty)
-        tl.store(seen_ptr + tokens, seen, mask=tokens < num_tokens)
+    """pbar = u ^ Y: planes (i, j) with BLOCK_R of the j; the programs of a j and a token take the i in turns."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]
+    j = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    ok = token < stride
+    mask = (j < r) & ok
+    mean_ptr = frame_ptr + width.to(tl.int64) * stride
+    at = j.to(tl.int64) * stride + token
+    u, mean = tl.load(frame_ptr + at, mask=mask, other=0.0), tl.load(mean_ptr + at, mask=mask, other=0.0)
+    last = tl.minimum(r, (tl.program_id(1) + 1) * BLOCK_R) - 1
+    for i in range(tl.program_id(2), last, tl.num_programs(2)):
+        row = tl.cast(i, tl.int64) * stride + token
+        u_i, mean_i = tl.load(frame_ptr + row, mask=ok, other=0.0), tl.load(mean_ptr + row, mask=ok, other=0.0)
+        pbar = (u_i * mean - mean_i * u).to(pbar_ptr.dtype.element_ty)
+        before = i * (2 * r - 1 - i) // 2 - i - 1  # plane (i, j) is number before + j
+        tl.store(pbar_ptr + tl.cast(before, tl.int64) * stride + at, pbar, mask=mask & (j > i))
 
 
 @triton.jit
 def plucker_mean_bwd_frame(
-    frame_ptr: "*fp32:16", count_ptr: "*fp32:16", grad_pbar_ptr: "*dtype:16", turn_ptr: "*fp32:16",
-    num_tokens: "i32", r: "i32", width: "i32:8",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    frame_ptr: "*fp32:16", grad_pbar_ptr: "*dtype:16", turn_ptr: "*fp32:16", r: "i32", width: "i32:8", stride: "i32:8",
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Om u / N and Om Y [2, width], with Om the antisymmetric matrix of the gradient of pbar: BLOCK_R of their elements."""
-    rows = 0 if HEAD_DIM == BLOCK_R else tl.program_id(1)
-    d = tl.arange(0, BLOCK_R)
-    i = rows * BLOCK_R + d
-    begin = tl.program_id(0) * BLOCK_T
-    for step in range(0, tl.minimum(BLOCK_T, num_tokens - begin)):
-        token = begin.to(tl.int64) + step
-        count = tl.load(count_ptr + token)
-        frame = frame_ptr + token * (2 * width)
-        grad = grad_pbar_ptr + token * (r * (r - 1) // 2)
-        h = tl.zeros((BLOCK_R,), tl.float32)
-        own = tl.zeros((BLOCK_R,), tl.float32)
-        if count > 0:
-            for columns in range(0, HEAD_DIM // BLOCK_R):
-                # A tile of the triangle p < q.
-                p = (tl.minimum(rows, columns) * BLOCK_R + d)[:, None]
-                q = (tl.maximum(rows, columns) * BLOCK_R + d)[None, :]
-                plane = p * r - p * (p + 1) // 2 + q - p - 1
-                upper = tl.load(grad + plane, mask=(p < q) & (q < r), other=0.0)
-                # A thread gets a row of the transposed tile, hence of om: the sums need no other thread.
-                lower = tl.trans(upper).to(tl.float32)
-                if HEAD_DIM == BLOCK_R:
-                    om = upper.to(tl.float32) - lower
-                else:
-                    om = tl.where(rows <= columns, upper.to(tl.float32), 0.0) - tl.where(rows >= columns, lower, 0.0)
-                j = columns * BLOCK_R + d
-                u = tl.load(frame + j, mask=j < width, other=0.0)
-                mean = tl.load(frame + width + j, mask=j < width, other=0.0)
-                h += tl.sum(om * u[None, :], 1)
-                own += tl.sum(om * mean[None, :], 1)
-        turn = turn_ptr + token * (2 * width)
-        tl.store(turn + i, h / tl.maximum(count, 1.0), mask=i < width)
-        tl.store(turn + width + i, own, mask=i < width)
+    """Om u / N and Om Y, of which a program has BLOCK_R rows: it walks the columns of Om, no sum needs another thread."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]
+    j = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    ok = token < stride
+    mean_ptr = frame_ptr + width.to(tl.int64) * stride
+    h = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    own = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    for i in tl.range(0, r, loop_unroll_factor=UNROLL):
+        row = tl.cast(i, tl.int64) * stride + token
+        u_i, mean_i = tl.load(frame_ptr + row, mask=ok, other=0.0), tl.load(mean_ptr + row, mask=ok, other=0.0)
+        low, high = tl.minimum(i, j), tl.maximum(i, j)
+        at = (low * (2 * r - 1 - low) // 2 + high - low - 1).to(tl.int64) * stride + token
+        grad = tl.load(grad_pbar_ptr + at, mask=(j < r) & (j != i) & ok, other=0.0).to(tl.float32)
+        om = tl.where(j < i, grad, -grad)
+        h = tl.fma(om, tl.broadcast_to(u_i, om.shape), h)
+        own = tl.fma(om, tl.broadcast_to(mean_i, om.shape), own)
+    count = tl.load(mean_ptr + width.to(tl.int64) * stride + token, mask=ok, other=0.0)
+    to, mask = turn_ptr + j.to(tl.int64) * stride + token, (j < width) & ok
+    tl.store(to, tl.where(count > 0, h / tl.maximum(count, 1.0), 0.0), mask=mask)
+    tl.store(to + width.to(tl.int64) * stride, tl.where(count > 0, own, 0.0), mask=mask)
 
 
 @triton.jit
 def plucker_mean_bwd_token(
-    z_ptr: "*dtype:16", valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16",
-    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
+    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
+    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dz: what a token's own mean tells it, and what the later tokens of its pairs do."""
+    """dz: what a token's own mean tells it, and what the later tokens of its pairs do.
+
+    A thread has single tokens, of which columns at any distance load as well: hence a stride of which nothing is promised.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = token < num_tokens
-    x, largest, norm = _scale(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
-    u = _unit(x, norm)
+    row_ok = (tl.arange(0, HEAD_DIM) < width)[None, :]
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
-    h = _rows(turn_ptr, 2 * token, width, token_ok, HEAD_DIM)
-    grad = _rows(turn_ptr, 2 * token + 1, width, token_ok, HEAD_DIM)
+    at, mask = _columns(0, token, stride, HEAD_DIM), token_ok[:, None] & row_ok
+    u, h = tl.load(frame_ptr + at, mask=mask, other=0.0), tl.load(turn_ptr + at, mask=mask, other=0.0)
+    grad = tl.load(turn_ptr + _columns(width, token, stride, HEAD_DIM), mask=mask, other=0.0)
+    of_u, of_h = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
     for k in range(0, num_offsets):
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
-        v = _rows(frame_ptr, 2 * (token - offset), width, pairs, HEAD_DIM)
+        v = tl.load(frame_ptr + at - offset, mask=pairs[:, None] & row_ok, other=0.0)
         cosine, factor, w = _angle(u, v, 1.0)
         # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
         beta = tl.sum(w * h, 1) * factor
         cot = cosine * factor
-        grad = tl.fma(beta[:, None], u, grad)
-        grad = tl.fma(cot[:, None], tl.fma(-(beta * factor)[:, None], w, h), grad)
-
+        of_u += beta
+        of_h += cot
+        grad = tl.fma(-(cot * beta * factor)[:, None], w, grad)
+    grad = tl.fma(of_u[:, None], u, tl.fma(of_h[:, None], h, grad))
+    for k in range(0, num_offsets):
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
-        v = _rows(frame_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
-        share = _rows(turn_ptr, 2 * (token + offset), width, pairs, HEAD_DIM)
+        mask = pairs[:, None] & row_ok
+        v = tl.load(frame_ptr + at + offset, mask=mask, other=0.0)
+        share = tl.load(turn_ptr + at + offset, mask=mask, other=0.0)
         _cosine, factor, w = _angle(v, u, 1.0)
         beta = tl.sum(w * share, 1) * factor
         grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
-    zero = norm == 0
-    grad = tl.where(zero[:, None], 0.0, grad * (1.0 / tl.where(zero, 1.0, norm))[:, None] / largest[:, None])
-    _store_rows(grad_z_ptr, token, width, token_ok, grad, HEAD_DIM)
+    inverse = tl.load(frame_ptr + (2 * width + 1).to(tl.int64) * stride + token, mask=token_ok, other=0.0)[:, None]
+    grad = tl.where(inverse == 0, 0.0, grad * inverse)
+    to = grad_z_ptr + token.to(tl.int64)[:, None] * grad_stride + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(to, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[:, None] & row_ok)
 
 
+# Measured for bf16 and r = 32 on an H100 (docs/grassmann.md); larger r have as many elements a thread.
 def _tile(kernel, head_dim: int) -> dict[str, int]:
-    if kernel is plucker_mean_bwd_frame:
-        return {"BLOCK_T": 1, "BLOCK_R": 32, "num_warps": 1}
-    return {"BLOCK_T": 512 // head_dim, "num_warps": 2}
+    if kernel is plucker_mean_bwd_token:
+        return {"BLOCK_T": 512 // head_dim, "num_warps": 1}
+    return {"BLOCK_T": 1024 // head_dim, "num_warps": 4}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
 DTYPES = ("bf16", "fp16", "fp32")
+OF_PLANES = {
+    plucker_mean_fwd: {"BLOCK_T": 64, "BLOCK_R": 32, "num_warps": 4},
+    plucker_mean_bwd_frame: {"BLOCK_T": 64, "BLOCK_R": 32, "UNROLL": 4, "num_warps": 4},
+}
 VARIANTS = [Variant(plucker_mean_offsets, arch, {}, {"num_warps": 1}) for arch in ARCHS]
 VARIANTS += [
-    Variant(plucker_mean_fwd, arch, {"dtype": dtype}, {"BLOCK_T": 8, "BLOCK_P": 512, "num_warps": 4})
-    for arch, dtype in itertools.product(ARCHS, DTYPES)
+    Variant(kernel, arch, {"dtype": dtype}, tile)
+    for arch, dtype, (kernel, tile) in itertools.product(ARCHS, DTYPES, OF_PLANES.items())
 ]
 VARIANTS += [
     Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(kernel, head_dim))
     for arch, dtype, head_dim, kernel in itertools.product(
-        ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_frame, plucker_mean_bwd_token)
+        ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_token)
     )
 ]
