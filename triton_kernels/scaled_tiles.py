@@ -14,20 +14,21 @@ LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of a warpgroup
 
 
+# Methods of every ring with `full` and `empty` barriers.
 @gluon.jit
-def _advance(barriers, stage, phase):
-    """The stage of a ring with these barriers that follows, and the phase that it waits for there."""
-    last = stage == barriers.shape[0] - 1
+def _advance(ring, stage, phase):
+    """The stage that follows, and the phase that is waited for there."""
+    last = stage == ring.full.shape[0] - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
-def _skip(full, empty, count, stage, phase):
-    """Lets `count` stages of a ring with these barriers pass, which are for the other warpgroup."""
+def _skip(ring, count, stage, phase):
+    """Lets `count` stages pass, which are for the other warpgroup."""
     for _ in range(count):
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.arrive(empty.index(stage))
-        stage, phase = _advance(full, stage, phase)
+        mbarrier.wait(ring.full.index(stage), phase)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage, phase = _advance(ring, stage, phase)
     return stage, phase
 
 
@@ -87,13 +88,8 @@ class Ring:
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         return gl.max(self.redo.index(0).load(layout) | self.redo.index(1).load(layout), 0)
 
-    @gluon.jit
-    def advance(self, stage, phase):
-        return _advance(self.full, stage, phase)
-
-    @gluon.jit
-    def skip(self, count, stage, phase):
-        return _skip(self.full, self.empty, count, stage, phase)
+    advance = _advance
+    skip = _skip
 
 
 @gluon.jit

@@ -40,13 +40,8 @@ class Ring:
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
-    @gluon.jit
-    def advance(self, stage, phase):
-        return _advance(self.full, stage, phase)
-
-    @gluon.jit
-    def skip(self, count, stage, phase):
-        return _skip(self.full, self.empty, count, stage, phase)
+    advance = _advance
+    skip = _skip
 
 
 @gluon.jit
