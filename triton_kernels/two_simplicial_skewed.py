@@ -27,6 +27,7 @@ from triton.language.core import _aggregate as aggregate
 
 from triton_kernels.scaled_tiles import (
     ROWS,
+    _columns,
     _in_range,
     _lane_sums,
     _load_queries,
@@ -167,11 +168,11 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
         rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_mma))
         if own_num > 0:
             start = band.end_n - (before + 1) * BLOCK_N
-            n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
             at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
             mbarrier.wait(ring.full.index(stage), phase)
             s = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
+            n = _columns(start, s)
             p, ref, row_sum, rescale = _weights(
                 s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, True, EXACT)  # fmt: skip
             p = gl.convert_layout(p.to(a.dtype), p_layout)
@@ -180,12 +181,12 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
             mbarrier.wait(ring.full.index(stage), phase, pred=own_num > 1)
             for i in range(1, own_num):
                 start -= BLOCK_N
-                n -= BLOCK_N
                 at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
                 # P @ V of the tile before runs while the weights of this one are computed.
                 s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s_next,))
+                n = _columns(start, s)
                 p_next, ref, row_sum, alpha = _weights(
                     s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, EXACT, EXACT)  # fmt: skip
                 done_stage = v_stage
