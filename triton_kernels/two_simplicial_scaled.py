@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_kernels.scaled_tiles import (
     ROWS,
-    _columns,
     _in_range,
     _keys_of,
     _lane_sums,
@@ -59,6 +58,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
         for tile in range(num_tiles):
             stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
+            a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
             at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a)
             if own_num > 0:
                 b = first_b + own_first
@@ -66,7 +66,6 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                 s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 seen = (pos >= b) & (pos < b + w_b)
-                a = _columns(start, s)
                 p, ref, row_sum, alpha = _weights(
                     s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, True, EXACT)  # fmt: skip
                 o = o * _over_columns(alpha, o)
@@ -81,7 +80,6 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                     o_next = warpgroup_mma(p, ring.v.index(v_stage), o, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s_next,))
                     seen = (pos >= b) & (pos < b + w_b)
-                    a = _columns(start, s)
                     p_next, ref, row_sum, alpha = _weights(
                         s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, EXACT, EXACT)  # fmt: skip
                     done_stage = v_stage
