@@ -151,7 +151,7 @@ TensorDescriptor four_dimensional(const Tensor& t) {
 // The arguments of a launch, in the order of the kernel's parameters.
 class Args {
  public:
-  Args(const Launch& launch, const Kernel& kernel) : l_(launch), by_tma_(kernel.tensor_maps.size > 0) {
+  Args(const Launch& launch, const Kernel& kernel) : l_(launch), maps_(kernel.tensor_maps.size) {
     list_.reserve(kMaxParams);
   }
   operator Span<Arg>() const { return {list_.data(), list_.size()}; }
@@ -165,20 +165,20 @@ class Args {
     return push({batch, leading[0]}).push({length, leading[1]}).push({head, leading[2]});
   }
 
-  // Kernels that load the long axis by TMA take descriptors, and no strides of it.
+  // Kernels with 2 tensor maps load the long axis by TMA, those with 4 both, and take no strides of it.
+  Args& input(size_t maps, const char* map, const char* ptr, const Tensor& t) {
+    return maps_ >= maps ? descriptor(map, four_dimensional(t)) : pointer(ptr, t);
+  }
   Args& inputs() {
-    pointer("q_ptr", l_.p.q);
-    if (by_tma_) {
-      descriptor("k_long", four_dimensional(l_.axes.k_long)).descriptor("v_long", four_dimensional(l_.axes.v_long));
-    } else {
-      pointer("k_long_ptr", l_.axes.k_long).pointer("v_long_ptr", l_.axes.v_long);
-    }
-    return pointer("k_short_ptr", l_.axes.k_short).pointer("v_short_ptr", l_.axes.v_short);
+    const Axes& x = l_.axes;
+    pointer("q_ptr", l_.p.q).input(2, "k_long", "k_long_ptr", x.k_long).input(2, "v_long", "v_long_ptr", x.v_long);
+    return input(4, "k_short", "k_short_ptr", x.k_short).input(4, "v_short", "v_short_ptr", x.v_short);
   }
   // Strides, those of grad_out too if there is one, sizes, windows and scale.
   Args& problem(const Tensor* grad_out = nullptr) {
     strides("stride_qb", "stride_qn", "stride_qh", l_.p.q);
-    (by_tma_ ? *this : long_strides()).short_strides();
+    if (maps_ < 2) long_strides();
+    if (maps_ < 4) short_strides();
     if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
     return sizes();
   }
@@ -203,7 +203,7 @@ class Args {
   }
 
   const Launch& l_;
-  const bool by_tma_;
+  const size_t maps_;
   std::vector<Arg> list_;
 };
 

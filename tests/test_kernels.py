@@ -117,8 +117,10 @@ def main_loops(cubin):
     jumps = [(labels[m[1]], i) for i, x in enumerate(instructions) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
     loops = []
     for a, b in sorted(jumps, key=lambda jump: jump[1] - jump[0]):
-        products = sum("MMA" in x for x in instructions[a : b + 1])
-        if a <= b and products >= 8 and all(b < c or d < a for c, d in loops):
+        body = instructions[a : b + 1]
+        # Where warps wait for a barrier lies behind the kernel's end and jumps back, too.
+        is_loop = a <= b and sum("MMA" in x for x in body) >= 8 and not any("EXIT" in x for x in body)
+        if is_loop and all(b < c or d < a for c, d in loops):
             loops.append((a, b))
     return [instructions[a : b + 1] for a, b in loops]
 

@@ -250,6 +250,29 @@ def _over_columns(x, like):
 
 
 @gluon.jit
+def _opaque(x):
+    """x, which the compiler does not know any more: what it computes from x before a loop fills the registers, and is spilled."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _columns(start, like):
+    """The columns of a tile, counted anew at each call: in a loop's registers they, or masks made of them, would have no room."""
+    return _opaque(start) + gl.arange(0, like.shape[1], gl.SliceLayout(0, like.type.layout))
+
+
+@gluon.jit
+def _hide(s, a, last, count):
+    """-inf in place of s where the column is none of the `count` up to `last`. In one piece, so that no predicate outlives it."""
+    a = gl.broadcast(a[None, :], s)[0]
+    last = gl.broadcast(last[:, None], s)[0]
+    count = gl.broadcast(count[:, None], s)[0]
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 age; sub.u32 age, $3, $2; setp.lt.u32 p, age, $4; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r,r", [s, a, last, count], dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def _weights(s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, past, REBASE: gl.constexpr, EXACT: gl.constexpr):
     """P = exp2(S - ref), a reference and sums to go on with, and the factor that earlier sums of P @ V need for it.
 
@@ -257,8 +280,7 @@ def _weights(s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, past, R
     those with `past` are not before it.
     """
     if EXACT or at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None])
-        s = gl.where(valid & seen[:, None] if EXACT else valid, s, float("-inf"))
+        s = _hide(s, a, pos, gl.where(seen, pos - since, 0) if EXACT else pos - since)
     alpha = ref
     if REBASE:
         # Without EXACT any logit of the past will do, seen or not: rows that this takes out of range are done again.

@@ -6,16 +6,15 @@ nothing at any ratio of heads:
     A = q * k_short[t - o]        S = A @ k_long^T        acc = P @ v_long        out += v_short[t - o] * acc
 
 Offsets are outside and the long window inside, so what belongs to an offset, A and acc, stays in registers through the whole
-window. A helper warpgroup fetches tiles of K and V (TMA) and the rows' short keys and values (cp.async, a gather); two
-warpgroups of 64 rows each multiply. The tiles are walked from the newest to the oldest: the first one holds every row's own
-key, whose logit is where a row's reference comes from. References and the second try: two_simplicial_scaled.py.
+window. A helper warp fetches, by TMA, tiles of K and V and the short keys and values of the rows' tokens; two warpgroups of 64
+rows each multiply. The tiles are walked from the newest to the oldest: the first one holds every row's own key, whose logit is
+where a row's reference comes from. References and the second try: two_simplicial_scaled.py.
 """
 
 import itertools
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -27,12 +26,15 @@ from triton.language.core import _aggregate as aggregate
 
 from triton_kernels.scaled_tiles import (
     ROWS,
+    _as_pairs,
+    _columns,
     _in_range,
     _lane_sums,
     _load_queries,
+    _multiply_pairs,
     _new_ring,
+    _opaque,
     _over_columns,
-    _row_ptrs,
     _store,
     _weights,
 )
@@ -41,9 +43,9 @@ from triton_kernels.variant import Variant
 
 @aggregate
 class Short:
-    """The short keys and values of a block's rows at one offset."""
+    """The short keys and values of each warpgroup's tokens at one offset."""
 
-    k: gl.shared_memory_descriptor  # [2, 64, HEAD_DIM]
+    k: gl.shared_memory_descriptor  # [2, 64, HEAD_DIM]: 64 rows are of 64 tokens at most
     v: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor  # barriers
     k_empty: gl.shared_memory_descriptor
@@ -66,8 +68,7 @@ class Band:
         """Of the tiles, those that positions first_pos to last_pos see: how many come before, and how many they are."""
         newest = (self.end_n - 1 - last_pos) // BLOCK_N
         oldest = (self.end_n - 1 - gl.maximum(first_pos - self.w_long + 1, 0)) // BLOCK_N
-        empty = last_pos < first_pos  # no rows
-        return gl.where(empty, 0, newest), gl.where(empty, 0, oldest - newest + 1)
+        return newest, oldest - newest + 1
 
 
 @gluon.jit
@@ -88,18 +89,41 @@ def _block_of(program, num_blocks, num_heads):
 
 
 @gluon.jit
-def _gather(smem, ptr, stride, first_row, group, shift, num_keys, head_dim):
-    """Rows first_row .. of a block: each one's row of ptr at its token + shift, zeros where there is none."""
-    HEAD_DIM: gl.constexpr = smem.shape[2]
-    CHUNK: gl.constexpr = 1024 // HEAD_DIM  # rows that the threads load at once, 16 bytes each: more take too many registers
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+def _load_short(smem, full, desc, batch, kv_head, first_row, group, shift):
+    """For each warpgroup, the rows of desc at its tokens + shift; zeros where there is none."""
+    box: gl.constexpr = desc.block_shape
+    mbarrier.expect(full, 2 * desc.nbytes_per_cta)
     for half in gl.static_range(2):
-        for chunk in gl.static_range(ROWS // CHUNK):
-            row = first_row + half * ROWS + chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
-            key = row // group + shift
-            mask = ((key >= 0) & (key < num_keys))[:, None] & (d < head_dim)[None, :]
-            async_copy.async_load(smem.index(half).slice(chunk * CHUNK, CHUNK), _row_ptrs(ptr, key, stride, d), mask=mask)
+        at = [batch, (first_row + half * ROWS) // group + shift, kv_head, 0]
+        tma.async_load(desc, at, full, smem.index(half).reshape(box))
+
+
+@gluon.jit
+def _of_tokens(tokens, token, layout: gl.constexpr):
+    """Each row's row of `tokens`. All in pairs of elements."""
+    # Opaque: addresses made before the loop would not find room in the registers.
+    index = gl.broadcast(_opaque(token)[:, None], gl.full([ROWS, tokens.shape[1]], 0, gl.int32, layout))[0]
+    return tokens.gather(index, 0)
+
+
+@gluon.jit
+def _unpair(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """The elements of pairs. Each stays in its register."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(gl.int16, gl.int16), is_pure=True, pack=1)  # fmt: skip
+    x = gl.join(low, high).reshape([x.shape[0], 2 * x.shape[1]]).to(dtype, bitcast=True)
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _operand(q_smem, short, warpgroup, token, phase, pred, layout: gl.constexpr):
+    """A of an offset."""
+    pairs: gl.constexpr = gl.DotOperandLayout(0, layout.parent, 1)
+    mbarrier.wait(short.k_full, phase, pred=pred)
+    k_short = _of_tokens(_as_pairs(short.k).index(warpgroup), token, pairs)
+    a = _multiply_pairs(_as_pairs(q_smem).index(warpgroup).load(pairs), k_short, q_smem.dtype)
+    mbarrier.arrive(short.k_empty, pred=pred)
+    return _unpair(a, q_smem.dtype, layout)
 
 
 @gluon.jit
@@ -118,8 +142,7 @@ def _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head):
 
 
 @gluon.jit
-def _fetch(ring, short, band, k_desc, v_desc, k_short_ptr, v_short_ptr, stride_ksn, stride_vsn, batch, kv_head, first_row, group,
-           past, num_keys, head_dim, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, MAY_REDO: gl.constexpr):  # fmt: skip
+def _fetch(ring, short, band, k_desc, v_desc, k_short, v_short, batch, kv_head, first_row, group, past):
     """The helper: tiles and short rows, in the order in which the warpgroups take them."""
     stage = 0
     phase = 1
@@ -129,18 +152,15 @@ def _fetch(ring, short, band, k_desc, v_desc, k_short_ptr, v_short_ptr, stride_k
     while attempt < attempts:
         for offset in range(band.num_offsets):
             mbarrier.wait(short.k_empty, short_phase)
-            _gather(short.k, k_short_ptr, stride_ksn, first_row, group, past - offset, num_keys, head_dim)
-            async_copy.mbarrier_arrive(short.k_full, increment_count=False)
+            _load_short(short.k, short.k_full, k_short, batch, kv_head, first_row, group, past - offset)
             stage, phase = _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head)
             # These the warpgroups give back at the end of an offset only: asked for earlier, they would hold up the tiles.
             mbarrier.wait(short.v_empty, short_phase)
-            _gather(short.v, v_short_ptr, stride_vsn, first_row, group, past - offset, num_keys, head_dim)
-            async_copy.mbarrier_arrive(short.v_full, increment_count=False)
+            _load_short(short.v, short.v_full, v_short, batch, kv_head, first_row, group, past - offset)
             short_phase ^= 1
         attempt += 1
-        if MAY_REDO:
-            if attempt == 1:
-                attempts += ring.is_out_of_range()
+        if attempt == 1:
+            attempts += ring.is_out_of_range()
 
 
 @gluon.jit
@@ -151,62 +171,67 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, s_mma, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2)
+    pairs: gl.constexpr = gl.DotOperandLayout(0, s_mma, 1)
+    dtype: gl.constexpr = q_smem.dtype
+    token = gl.convert_layout(pos - first_pos, gl.SliceLayout(1, pairs), assert_trivial=True)
     ref = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_mma))
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
     row_sum = _lane_sums(zero_s)
     out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
+    a = _operand(q_smem, short, warpgroup, token, short_phase, True, a_layout)
+    stage, phase = ring.skip(before, stage, phase)
+    mbarrier.wait(ring.full.index(stage), phase)
+    s = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
     for offset in range(band.num_offsets):
         seen = pos >= offset
         since = gl.maximum(pos - band.w_long, -1)
-        mbarrier.wait(short.k_full, short_phase)
-        a = q_smem.index(warpgroup).load(a_layout) * short.k.index(warpgroup).load(a_layout)
-        mbarrier.arrive(short.k_empty)
-        stage, phase = ring.skip(before, stage, phase)
+        start = band.end_n - (before + 1) * BLOCK_N
+        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
+        n = _columns(start, s)
+        p, ref, row_sum, rescale = _weights(
+            s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, True, EXACT)  # fmt: skip
+        p = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
-        rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_mma))
-        if own_num > 0:
-            start = band.end_n - (before + 1) * BLOCK_N
-            n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
+        v_stage = stage
+        stage, phase = ring.advance(stage, phase)
+        mbarrier.wait(ring.full.index(stage), phase, pred=own_num > 1)
+        for i in range(1, own_num):
+            start -= BLOCK_N
             at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
-            mbarrier.wait(ring.full.index(stage), phase)
-            s = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            p, ref, row_sum, rescale = _weights(
-                s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, True, EXACT)  # fmt: skip
-            p = gl.convert_layout(p.to(a.dtype), p_layout)
+            # P @ V of the tile before runs while the weights of this one are computed.
+            s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_next,))
+            n = _columns(start, s)
+            p_next, ref, row_sum, alpha = _weights(
+                s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, EXACT, EXACT)  # fmt: skip
+            done_stage = v_stage
             v_stage = stage
             stage, phase = ring.advance(stage, phase)
-            mbarrier.wait(ring.full.index(stage), phase, pred=own_num > 1)
-            for i in range(1, own_num):
-                start -= BLOCK_N
-                n -= BLOCK_N
-                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
-                # P @ V of the tile before runs while the weights of this one are computed.
-                s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s_next,))
-                p_next, ref, row_sum, alpha = _weights(
-                    s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, EXACT, EXACT)  # fmt: skip
-                done_stage = v_stage
-                v_stage = stage
-                stage, phase = ring.advance(stage, phase)
-                # Waited for here and not at the top: see two_simplicial_scaled.py.
-                mbarrier.wait(ring.full.index(stage), phase, pred=i + 1 < own_num)
-                acc = warpgroup_mma_wait(0, deps=(acc_next,))
-                mbarrier.arrive(ring.empty.index(done_stage))
-                if EXACT:
-                    rescale *= alpha
-                    acc = acc * _over_columns(alpha, acc)
-                p = gl.convert_layout(p_next.to(a.dtype), p_layout)
-            acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
+            # Waited for here and not at the top: see two_simplicial_scaled.py.
+            mbarrier.wait(ring.full.index(stage), phase, pred=i + 1 < own_num)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
-            mbarrier.arrive(ring.empty.index(v_stage))
-        stage, phase = ring.skip(band.num_tiles - before - own_num, stage, phase)
+            mbarrier.arrive(ring.empty.index(done_stage))
+            if EXACT:
+                rescale *= alpha
+                acc = acc * _over_columns(alpha, acc)
+            p = gl.convert_layout(p_next.to(dtype), p_layout)
+        # A of the next offset is made beside the last P @ V, and its S beside the sum; after the last offset nobody reads them.
+        acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
+        more = offset + 1 < band.num_offsets
+        a = _operand(q_smem, short, warpgroup, token, short_phase ^ 1, more, a_layout)
+        stage, phase = ring.skip(band.num_tiles - before - own_num + gl.where(more, before, 0), stage, phase)
+        mbarrier.wait(ring.full.index(stage), phase, pred=more)
+        s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc_next,))
+        mbarrier.arrive(ring.empty.index(v_stage))
         mbarrier.wait(short.v_full, short_phase)
-        v_short = short.v.index(warpgroup).load(o_mma).to(gl.float32)
+        v_short = _unpair(_of_tokens(_as_pairs(short.v).index(warpgroup), token, pairs), dtype, o_mma).to(gl.float32)
         out = gl.fma(v_short, acc, out * _over_columns(rescale, out))
         mbarrier.arrive(short.v_empty)
+        s = warpgroup_mma_wait(0, deps=(s_next,))
         short_phase ^= 1
     return out, gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, s_mma)), ref, stage, phase, short_phase
 
@@ -224,7 +249,7 @@ def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, strid
     row = first_row + gl.arange(0, ROWS, rows)
     pos = row // group + past
     first_pos = first_row // group + past
-    last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
+    last_pos = (first_row + ROWS - 1) // group + past
     begin = gl.to_tensor(0)
     out, row_sum, ref, stage, phase, short_phase = _sums(
         ring, short, band, begin, begin, begin, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
@@ -243,12 +268,10 @@ def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, strid
 @gluon.jit
 def two_simplicial_fwd_skewed(
     q_ptr: "*dtype:16", k_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM]>",
-    v_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM]>", k_short_ptr: "*dtype:16",
-    v_short_ptr: "*dtype:16",
+    v_long: "tensordesc<dtype[1,BLOCK_N,1,HEAD_DIM]>", k_short: "tensordesc<dtype[1,64,1,HEAD_DIM]>",
+    v_short: "tensordesc<dtype[1,64,1,HEAD_DIM]>",
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
-    stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
-    stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
     w_long: "i32", w_short: "i32", scale: "fp32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -261,8 +284,6 @@ def two_simplicial_fwd_skewed(
     first_row = block * BLOCK_M
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
-    k_short_ptr += batch.to(gl.int64) * stride_ksb + kv_head.to(gl.int64) * stride_ksh
-    v_short_ptr += batch.to(gl.int64) * stride_vsb + kv_head.to(gl.int64) * stride_vsh
     q_heads = kv_heads * group
     q_ptr += batch.to(gl.int64) * stride_qb + kv_head.to(gl.int64) * group * stride_qh
     out_ptr += (batch.to(gl.int64) * num_queries * q_heads + kv_head * group) * head_dim
@@ -285,8 +306,8 @@ def two_simplicial_fwd_skewed(
         mbarrier.init(ring.full.index(i), count=1)
         mbarrier.init(ring.empty.index(i), count=2)
     mbarrier.init(ring.verdict, count=2)
-    mbarrier.init(short.k_full, count=128)  # each of the helper's threads, when its copies are done
-    mbarrier.init(short.v_full, count=128)
+    mbarrier.init(short.k_full, count=1)
+    mbarrier.init(short.v_full, count=1)
     mbarrier.init(short.k_empty, count=2)
     mbarrier.init(short.v_empty, count=2)
     fence_async_shared()
@@ -297,11 +318,10 @@ def two_simplicial_fwd_skewed(
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
             (_attend, (ring, short, band, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
                        group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
-            (_fetch, (ring, short, band, k_long, v_long, k_short_ptr, v_short_ptr, stride_ksn, stride_vsn, batch, kv_head, first_row,
-                      group, past, num_keys, head_dim, HEAD_DIM, BLOCK_N, True)),
+            (_fetch, (ring, short, band, k_long, v_long, k_short, v_short, batch, kv_head, first_row, group, past)),
         ],
-        [4, 4],
-        [232, 40],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip
 
 
@@ -311,7 +331,7 @@ VARIANTS = [
         two_simplicial_fwd_skewed,
         "sm90a",
         {"dtype": dtype, "HEAD_DIM": head_dim},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3 if head_dim == 128 else 6, "num_warps": 4},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 4 if head_dim == 128 else 6, "num_warps": 4},
     )
     for dtype, head_dim in itertools.product(("bf16", "fp16"), (64, 128))
 ]

@@ -30,6 +30,7 @@ from triton_kernels.scaled_tiles import (
     _lse_and_delta,
     _multiply_pairs,
     _new_ring,
+    _opaque,
     _pairs,
     _row_ptrs,
     _score_gradients,
@@ -50,13 +51,6 @@ def _fetch_tiles(ring, band, k_desc, v_desc, batch, kv_head):
     phase = 1
     for _ in range(band.num_offsets):
         stage, phase = _load_tiles(ring, band, stage, phase, k_desc, v_desc, batch, kv_head)
-
-
-@gluon.jit
-def _opaque(x):
-    """x, which the compiler does not know any more: addresses of rows that it computes before the loop over the offsets fill the
-    registers, and are spilled."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -213,6 +207,7 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
         _clear(part_k_ptr, chunk_span, head_dim, HEAD_DIM)
         _clear(part_v_ptr, chunk_span, head_dim, HEAD_DIM)
         for offset in range(band.num_offsets):
+            # Or addresses of rows are computed before the loop.
             opaque_row = _opaque(first_row)
             opaque_group = _opaque(group)
             _store_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), k_short_ptr, v_short_ptr,
