@@ -80,7 +80,7 @@ struct Launch {
   // gradient. A warpgroup of theirs walks the short keys that any of its 64 rows sees: no waste where they are of one
   // token, but where their tokens are many next to the window, more than is gained. The backward pass has work to do
   // once per short key, which many rows must share, and leaves partial sums of the short gradients for each block of
-  // long keys, at most as large as all arguments and gradients (those of the long gradients are not larger).
+  // long keys, at most as large as all arguments and gradients (those of the long ones are not larger, or 268 MB).
   bool scales() const {
     constexpr int64_t kRowsPerShortKey = 128;
     const int64_t block_n = scaled_keys();
