@@ -141,12 +141,14 @@ class KernelFamily {
   mutable std::array<std::atomic<const Span<Candidate>*>, kMaxDevices> candidates_{};
 };
 
-// What a TMA descriptor argument is made of. Sizes and strides in elements, slowest dimension first, last stride 1.
+// What a TMA descriptor argument is made of. Sizes and strides in elements, slowest dimension first, last stride 1. A
+// copy moves `box`; where that is 0, what the variant was compiled for.
 struct TensorDescriptor {
   const void* data;
   int rank;
   int64_t shape[kMaxTensorMapRank];
   int64_t strides[kMaxTensorMapRank];
+  std::array<int32_t, kMaxTensorMapRank> box{};
 
   TensorDescriptor(const void* data, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides);
 };

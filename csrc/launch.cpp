@@ -120,7 +120,7 @@ void encode(const Driver& cu, const Kernel& kernel, const char* name, const Tens
   for (int i = 0; i < d.rank; ++i) {
     const int from = d.rank - 1 - i;
     shape[i] = d.shape[from] * (i == 0 && meta.fp4_padded ? 2 : 1);
-    box[i] = meta.block_size[from];
+    box[i] = d.box[from] ? d.box[from] : meta.block_size[from];
     steps[i] = 1;
     const uint64_t stride = d.strides[from] * meta.elem_size;
     if (i > 0) strides[i - 1] = stride;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -79,10 +80,10 @@ struct Launch {
   // gradient. A warpgroup of theirs walks the short keys that any of its 64 rows sees: no waste where they are of one
   // token, but where their tokens are many next to the window, more than is gained. The backward pass has work to do
   // once per short key, which many rows must share, and leaves partial sums of the short gradients for each block of
-  // long keys, at most as large as all arguments and gradients (those of the long gradients are not larger).
+  // long keys, at most as large as all arguments and gradients (those of the long ones are not larger, or 268 MB).
   bool scales() const {
     constexpr int64_t kRowsPerShortKey = 128;
-    const int64_t block_n = scaled_tile();
+    const int64_t block_n = scaled_keys();
     const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
     if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
@@ -94,6 +95,8 @@ struct Launch {
   }
   // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
   int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
+  // Long keys of a program of dkv: few where windows are short, so that more of its tile is of use.
+  int64_t scaled_keys() const { return axes.w_long <= 32 ? 16 : 64; }
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
 
@@ -238,18 +241,12 @@ struct GradAxes {
 void add_splits(const Launch& l, const GradAxes& grad, const Tensor& part_k, const Tensor& part_v, int64_t splits,
                 int64_t block_keys) {
   const Kernel& sum = kBackwardSum.find(l.device, {l.dtype, l.head_dim});
-  launch(sum, l.device, l.stream, l.grid(l.p.Nk),
-         Args(l, sum)
-             .pointer("part_k_ptr", part_k)
-             .pointer("part_v_ptr", part_v)
-             .pointer("grad_k_ptr", grad.k_long)
-             .pointer("grad_v_ptr", grad.v_long)
-             .integer("num_keys", l.p.Nk)
-             .integer("kv_heads", l.p.Hkv)
-             .integer("head_dim", l.p.D)
-             .number("scale", l.p.scale)
-             .integer("num_splits", splits)
-             .integer("block_keys", block_keys));
+  Args args(l, sum);
+  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v);
+  args.pointer("grad_k_ptr", grad.k_long).pointer("grad_v_ptr", grad.v_long);
+  args.integer("num_keys", l.p.Nk).integer("kv_heads", l.p.Hkv).integer("head_dim", l.p.D);
+  args.number("scale", l.p.scale).integer("num_splits", splits).integer("block_keys", block_keys);
+  launch(sum, l.device, l.stream, l.grid(l.p.Nk), args);
 }
 
 // dk_short and dv_short: the partial rows of chunks of `chunk_rows` rows, of which a position has `group`.
@@ -290,47 +287,50 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   args.pointer("statistics_ptr", statistics).problem(&grad_out).integer("has_grad_lse", grad_lse.has_value());
   launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])), args);
 
-  const int64_t block_n = l.scaled_tile();
+  const int64_t block_n = l.scaled_keys();
   const Kernel& dkv = kBackwardKVScaled.find(l.device, {l.dtype, l.head_dim, block_n});
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
   // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
   // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
   // same rows.
-  const int64_t span = std::min(short_rows, p.Nk), rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
+  const int64_t rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const int64_t turn = 128 / block_n;  // short keys that a program takes at a time, half of them each warpgroup
-  const auto splits_of = [&](int64_t share) { return std::max<int64_t>((span + share / 2) / share, 1); };
+  const int64_t span = std::min(short_rows, p.Nk + l.axes.w_short - 1);
   const auto too_large = [&](int64_t share) {
     const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
-    return share > turn && (thrashes || blocks * splits_of(share) * heads < 4 * kResident);
+    return share > turn && (thrashes || blocks * heads * ceil_div(span, share) < 8 * kResident);
   };
   int64_t share = 2 * block_n;
   while (share < span) share *= 2;
   while (too_large(share)) share /= 2;
-  const int64_t splits = splits_of(share);
-  const int64_t parts = splits * turn;  // of each long key: what its program takes at a time is summed apart
+  const int64_t splits = ceil_div(span, share);
+  // Where all rows fit that cache, the middle shares of all blocks go first: they have the most rows.
+  const int64_t together = 4 * p.q.numel() <= kL2Bytes ? blocks * heads : 1;
+  const int64_t parts = 2 * splits;  // of each long key: the warpgroups' sums are apart
   const int64_t long_rows = heads * blocks * parts * block_n;
   const Tensor part_k = partial_sums(l, long_rows, 1), part_v = partial_sums(l, long_rows, 1);
   const Tensor part_ks = partial_sums(l, heads * blocks, short_rows),
                part_vs = partial_sums(l, heads * blocks, short_rows);
-  launch(dkv, l.device, l.stream, l.grid(blocks * splits),
-         Args(l, dkv)
-             .descriptor("q_desc", four_dimensional(p.q))
-             .descriptor("grad_out_desc", four_dimensional(grad_out))
-             .descriptor("statistics_desc", {statistics.const_data_ptr(), {2 * heads, l.rows}, {l.rows, 1}})
-             .pointer("k_long_ptr", l.axes.k_long)
-             .pointer("v_long_ptr", l.axes.v_long)
-             .pointer("k_short_ptr", l.axes.k_short)
-             .pointer("v_short_ptr", l.axes.v_short)
-             .descriptor("part_k_desc", {part_k.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
-             .descriptor("part_v_desc", {part_v.const_data_ptr(), {long_rows, p.D}, {p.D, 1}})
-             .pointer("part_ks_ptr", part_ks)
-             .pointer("part_vs_ptr", part_vs)
-             .long_strides()
-             .short_strides()
-             .sizes()
-             .integer("num_splits", splits)
-             .integer("share", share));
+  // 64 rows come in one copy where 64 heads are whole tokens or part of one, else 8, 16 or 32 heads at a time.
+  const auto heads_of_copy = static_cast<int32_t>(std::gcd(p.group(), 64));
+  const int32_t tokens_of_copy = heads_of_copy == p.group() ? 64 / heads_of_copy : 1;
+  const auto rows_of = [&](const Tensor& t) {
+    TensorDescriptor rows = four_dimensional(t);
+    rows.box = {1, tokens_of_copy, heads_of_copy, 64};
+    return rows;
+  };
+  Args dkv_args(l, dkv);
+  dkv_args.descriptor("q_desc", rows_of(p.q)).descriptor("grad_out_desc", rows_of(grad_out));
+  dkv_args.descriptor("statistics_desc", {statistics.const_data_ptr(), {2 * heads, l.rows}, {l.rows, 1}});
+  dkv_args.pointer("k_long_ptr", l.axes.k_long).pointer("v_long_ptr", l.axes.v_long);
+  dkv_args.pointer("k_short_ptr", l.axes.k_short).pointer("v_short_ptr", l.axes.v_short);
+  dkv_args.descriptor("part_k_desc", {part_k.const_data_ptr(), {long_rows, p.D}, {p.D, 1}});
+  dkv_args.descriptor("part_v_desc", {part_v.const_data_ptr(), {long_rows, p.D}, {p.D, 1}});
+  dkv_args.pointer("part_ks_ptr", part_ks).pointer("part_vs_ptr", part_vs);
+  dkv_args.long_strides().short_strides().sizes().integer("num_splits", splits).integer("share", share);
+  dkv_args.integer("together", together).integer("copy_rows", tokens_of_copy * heads_of_copy);
+  launch(dkv, l.device, l.stream, l.grid(blocks * splits), dkv_args);
   add_splits(l, grad, part_k, part_v, parts, block_n);
   merge_chunks(l, grad, part_ks, part_vs, p.Nk, 1, block_n, short_rows, l.axes.w_long - 1);
 }

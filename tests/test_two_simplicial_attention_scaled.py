@@ -82,9 +82,10 @@ def test_skewed_kernels(dtype, dim, n_q, n_k, w, ratio):
         (150, 128, (16, 64)),
         (150, 32, (70, 33)),
         (150, 8, (140, 40)),
-        (150, 64, (32, 20)),  # 32 keys a tile from here on
+        (150, 64, (32, 20)),  # 32 keys a tile, 16 in the gradients of keys, from here on
         (150, 8, (31, 17)),
         (70, 16, (32, 32)),
+        (150, 64, (32, 32)),
         (150, 128, (3, 1)),
     ],
 )
@@ -95,6 +96,30 @@ def test_gradients(dtype, dim, n_q, ratio, w):
     actual = check(op, problem)
     for name, x in evaluate(op, problem).items():
         assert_same_bits(x, actual[name], name)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n_k", "ratio", "w"),
+    [
+        (4, 1024, 16, (32, 20)),
+        (2, 1024, 8, (70, 60)),
+    ],
+)
+def test_programs_that_take_several_short_keys(batch, n_k, ratio, w):
+    """In short sequences they take 8 (or 2) and are done."""
+    problem = draw(batch=batch, n_k=n_k, ratio=ratio, dim=128, w1=w[0], w2=w[1], dtype=torch.bfloat16, device="cuda")
+    check(op, problem)
+
+
+@pytest.mark.parametrize("w", [(32, 32), (64, 64), (128, 128)])
+def test_tiles_of_few_steps(w):
+    """One left-over long key with two tiles of short keys and more: both warpgroups must be done with a tile before its place is
+    written again."""
+    problem = draw(batch=1, n_k=256, ratio=64, dim=128, w1=w[0], w2=w[1], dtype=torch.bfloat16, device="cuda")
+    first = evaluate(op, problem)
+    for _ in range(20):
+        for name, x in evaluate(op, problem).items():
+            assert_same_bits(x, first[name], name)
 
 
 def errors():

@@ -106,9 +106,11 @@ def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_
                 mbarrier.arrive(ring.empty.index(stage))
                 grad_q = gl.fma(u, gl.broadcast(factor[None, :], u)[0], grad_q)
                 stage, phase = ring.advance(stage, phase)
+            stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
+            # Not before a step of this tile was waited for: a warpgroup without steps of its own would give back the tile after
+            # next, which lies in the same place, while the other one still multiplies with this.
             mbarrier.arrive(plain.empty.index(slot))
             slot ^= 1
-            stage, phase = ring.skip(num_b - own_first - own_num, stage, phase)
     _store_rows(grad_q_ptr, (grad_q * scale).to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
 
