@@ -60,7 +60,7 @@ def test_is_its_equation(device, heads, head_dim):
 @pytest.mark.parametrize("slots", [1, 2, 99, 100, 101, 1024, 65536])
 def test_lengths(device, slots):
     """More room than slots, as much, and less."""
-    for capacity in (slots + 3, slots, slots // 2 + 1)[slots // 65536 * 2 :]:
+    for capacity in (slots + 3, slots, slots // 2 + 1):
         check(*draw(2, capacity, slots, 1, 8, torch.float32, device))
 
 
