@@ -143,7 +143,9 @@ def check_logits(dtype, looks_back, with_prev):
         "has_prev": int(with_prev),
     }
     logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, len(weight)), NAN)
-    causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
+    causal_route_logits.causal_route_logits_fwd[(6,)](
+        **shared, logits_ptr=logits, rows=batch * length, ROWS=4, BLOCK_D=16
+    )
     grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
     causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
         **shared,

@@ -263,7 +263,7 @@ def route_scatter_add_bwd(
 def _variants() -> list[Variant]:
     table = []
     for arch in ("sm80", "sm90a", "sm100f", "sm120f"):
-        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "THREADS": 256, "num_warps": 8}))
+        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "THREADS": 512, "num_warps": 16}))
         table.append(Variant(route_threshold, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_slots, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_calibrate, arch, {}, {"BLOCK": 128, "num_warps": 1}))
