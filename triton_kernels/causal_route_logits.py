@@ -1,9 +1,9 @@
 """The causal router's logits (arXiv 2511.21408): portable Triton kernels, forward and backward.
 
-Forward is a program per token, which reads its row and the one before it (the second from the cache, since its neighbour just
-read it), or its row only where dim_before, the columns of the row before that count, is 0. It goes from the last row to the first:
-the L2 still holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program
-per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
+Forward is a warp for a few tokens, which reads the weight once for all of them, each row and, where dim_before, the columns of the
+row before that count, is not 0, the row before it, which it finds in the L1. It goes from the last row to the first: the L2 still
+holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program per block of
+tokens of one sequence: it writes the rows' gradients and its share of the weight's.
 """
 
 import itertools
@@ -80,9 +80,10 @@ def causal_route_logits_bwd(
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
-# Forward on the H100, 8 x 4096 x 2048 bf16, behind a kernel that writes x, us without and with a row before: (512, 2) 43 and 51,
-# (1024, 2) 43 and 55, (512, 1) 44 and 54, (256, 1) 48 and 53; tiles of 2 and 4 rows with 1 warp 43 and 50, with more up to 52 and 68;
-# unrolled loops are no faster. Without the branch for a row alone that took 58. Backward: not measured.
+# Forward on the H100, 8 x 4096 x 2048 bf16, right behind a dense block, us without and with a row before, by (ROWS, BLOCK_D, num_warps):
+# (4, 512, 1) 47.5 and 53.9, (8, 256, 1) 49.5 and 59.2, (4, 256, 1) 51.2 and 56.1, (2, 1024, 1) 52.5 and 60.2, (8, 512, 2) 50.8 and 59.2,
+# (32, 256, 4) 50.2 and 58.9; first all rows, then all rows before, 48.3 and 62.5; a program of two warps per token 49.2 and 66.2.
+# Backward: not measured.
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):
