@@ -148,3 +148,43 @@ def assert_is_product(out, v1, v2, ratio):
 def assert_same_bits(a, b, what=""):
     assert (a.shape, a.dtype) == (b.shape, b.dtype), what
     assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"{what}: bits differ"
+
+
+# Small problems, for the tests of what surrounds an op
+
+# The most precise dtype of each device, so that a wrong gradient cannot hide behind rounding.
+PRECISE = {"cpu": torch.float64, "cuda": torch.float32}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+def small(device, **changes):
+    return draw(**{"n_q": 13, "n_k": 19, "kv_heads": 2, "device": device, "dtype": PRECISE[device], **changes})
+
+
+def leaves(problem):
+    return [x.clone().requires_grad_() for x in problem.inputs]
+
+
+def truth_of(problem):
+    return evaluate(reference.two_simplicial_attention, problem, torch.float64)
+
+
+def assert_close(actual, expected):
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance)
+
+
+def assert_truth(results, problem):
+    """`results` maps some of out, lse, grad_q, ... to what was computed."""
+    truth = truth_of(problem)
+    assert results
+    for name, actual in results.items():
+        assert_close(actual, truth[name])
+
+
+def backward(problem, out, lse):
+    torch.autograd.backward([out, lse], [problem.grad_out, problem.grad_lse])
+
+
+def grads_of(inputs):
+    return {f"grad_{name}": x.grad for name, x in zip(NAMES, inputs, strict=True)}

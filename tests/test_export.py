@@ -2,11 +2,10 @@
 
 import reference
 import torch
-from problem import draw
+from problem import PRECISE, draw
 
 import simplex_ops
 
-DTYPE = {"cpu": torch.float64, "cuda": torch.float32}
 TOLERANCE = {"cpu": 1e-10, "cuda": 1e-4}
 
 
@@ -24,7 +23,7 @@ class Gradient(torch.nn.Module):
 
 
 def problem_at(device, batch, n_q, n_k):
-    return draw(batch=batch, n_q=n_q, n_k=n_k, kv_heads=2, dtype=DTYPE[device], device=device, grad_lse=False)
+    return draw(batch=batch, n_q=n_q, n_k=n_k, kv_heads=2, dtype=PRECISE[device], device=device, grad_lse=False)
 
 
 SIZES = [(6, 13, 19), (3, 1, 40), (1, 25, 25)]

@@ -48,11 +48,9 @@ def test_choice_of_the_autograd_binding():
     assert run_python(refused, SIMPLEX_AUTOGRAD="rust").stdout == message
 
 
-@pytest.mark.skipif(
-    simplex_ops.info().autograd == "python", reason="test_integration.py has just run with the fallback"
-)
+@pytest.mark.skipif(simplex_ops.info().autograd == "python", reason="the whole suite is running with the fallback")
 def test_integration_through_the_python_fallback():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_integration.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_integration.py", "test_tracing.py"]
     environment = {**os.environ, "SIMPLEX_AUTOGRAD": "python"}
     run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
