@@ -15,11 +15,10 @@ from triton_kernels.variant import Variant
 
 
 @triton.jit
-def _add_products(total, rows_ptr, weight_ptr, present, d, dim, EVICTION: tl.constexpr):
+def _add_products(total, rows_ptr, weight_ptr, present, d, dim):
     """total + w * x at columns d of some rows."""
     weight = tl.load(weight_ptr + d, mask=d < dim, other=0.0)[None, :]
-    mask = present & (d < dim)[None, :]
-    x = tl.load(rows_ptr + d[None, :], mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    x = tl.load(rows_ptr + d[None, :], mask=present & (d < dim)[None, :], other=0.0).to(tl.float32)
     return tl.fma(x, tl.broadcast_to(weight, x.shape), total)
 
 
@@ -40,9 +39,9 @@ def causal_route_logits_fwd(
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        total = _add_products(total, own_ptr, weight_ptr, present, d, dim, "evict_first")
+        total = _add_products(total, own_ptr, weight_ptr, present, d, dim)
         if dim_before != 0:
-            total = _add_products(total, before_ptr, weight_ptr + dim, known, d, dim, "")
+            total = _add_products(total, before_ptr, weight_ptr + dim, known, d, dim)
     tl.store(logits_ptr + row, tl.sum(total, 1), mask=row < rows)
 
 
