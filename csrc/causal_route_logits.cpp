@@ -40,7 +40,7 @@ Logits checked(const char* op, const Tensor& x, const Tensor& weight, const std:
   }
   if (!x.is_cpu()) {
     constexpr int64_t kMost = int64_t{1} << 31;
-    SIMPLEX_EXPECT(p.B * p.T < kMost && p.D < kMost / 2, op,
+    SIMPLEX_EXPECT(p.B * p.T < kMost / 2 && p.D < kMost / 2, op,
                    "batch * length and the last dim of x to be below 2^30, got ", shape_string(x));
   }
   p.x = packed(x);
@@ -92,12 +92,15 @@ Tensor causal_route_logits(const Tensor& x, const Tensor& weight, const std::opt
     return logits;
   }
   const int device = x.get_device_index();
-  launch(kForward.find(device, {dtype_constant(x)}), device, current_cuda_stream(device),
-         {static_cast<unsigned>(p.B * p.T), 1, 1},
+  const Kernel& kernel = kForward.find(device, {dtype_constant(x)});
+  const int64_t rows = p.B * p.T;
+  launch(kernel, device, current_cuda_stream(device),
+         {static_cast<unsigned>((rows + kernel["ROWS"] - 1) / kernel["ROWS"]), 1, 1},
          {{"x_ptr", p.x.const_data_ptr()},
           {"weight_ptr", p.weight.const_data_ptr()},
           {"prev_ptr", p.has_prev ? p.prev.const_data_ptr() : nullptr},
           {"logits_ptr", logits.const_data_ptr()},
+          {"rows", static_cast<int32_t>(rows)},
           {"length", static_cast<int32_t>(p.T)},
           {"dim", static_cast<int32_t>(p.D)},
           {"dim_before", p.dim_before()},

@@ -102,14 +102,11 @@ void scatter_cuda(const Route& r, bool replaces, const Tensor* base, const Tenso
   const Launch l(r);
   const int64_t rows = r.B * r.T;
   Tensor slot_of = empty_like_device(out, {rows}, ScalarType::Int);
-  torch::stable::fill_(slot_of, -1);
-  const Kernel& slots = kSlots.find(l.device, {});
-  launch(slots, l.device, l.stream, Launch::programs(l.total, slots["BLOCK"]),
+  launch(kSlots.find(l.device, {}), l.device, l.stream, Launch::programs(r.B, 1),
          {{"idx_ptr", r.idx.const_data_ptr()},
           {"slot_of_ptr", slot_of.const_data_ptr()},
           {"length", l.length},
-          {"slots", l.slots},
-          {"total", l.total}});
+          {"slots", l.slots}});
   const Kernel& kernel = kScatterAdd.find(l.device, {dtype_constant(out)});
   launch(kernel, l.device, l.stream, Launch::programs(rows, kernel["ROWS"]),
          {{"base_ptr", base ? base->const_data_ptr() : nullptr},

@@ -217,6 +217,26 @@ def join(logs: list[dict]) -> list[dict]:
     return [runs[seed] for seed in sorted(runs)]
 
 
+def plot_runs(runs: list[dict], path: Path) -> None:
+    """A line for each model and seed: runs by the clock see different numbers of tokens, and a mean would compare those."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, name in enumerate(name for name in runs[0]["curves"] if name != "tokens"):
+        label: str | None = f"{name}: " + ", ".join(f"{run['curves'][name][-1]:.3f}" for run in runs)
+        for run in runs:
+            curves = run["curves"]
+            axes.plot(curves["tokens"][2:], curves[name][2:], f"C{i}.-", linewidth=1, alpha=0.7, label=label)
+            label = None
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    axes.set(
+        xlabel="tokens", ylabel="validation bits per byte", title=f"Python standard library, a line per seed ({seeds})"
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
 def mean_rows(runs: list[dict]) -> list[dict]:
     def mean(values: list) -> object:
         return values[0] if isinstance(values[0], str) or values[0] is None else sum(values) / len(values)
@@ -243,12 +263,8 @@ def main() -> None:
                 row["model"],
                 *(f"{row[key]:.3f}" for key in ("bits/byte as decoded", "bits/byte by top-k")),
             )
-    curves = {
-        key: [sum(x) / len(x) for x in zip(*(run["curves"][key] for run in runs), strict=True)]
-        for key in runs[0]["curves"]
-    }
-    train_lm.plot(curves, f"Python standard library, mean of {len(runs)} seeds", args.out / "curves.png")
-    plot_surprise(runs[0]["statistics"], curves["tokens"], args.out / "surprise.png")
+    plot_runs(runs, args.out / "curves.png")
+    plot_surprise(runs[0]["statistics"], runs[0]["curves"]["tokens"], args.out / "surprise.png")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,15 @@ def check_choice(scores, k, cap, threshold):
     idx, mask = torch.full((batch, k), -9, dtype=torch.int32), torch.full((batch, length), 9, dtype=torch.int8)
     lowest = torch.full((batch,), NAN)
     routing.route_topk[(batch,)](
-        scores_ptr=scores, idx_ptr=idx, mask_ptr=mask, lowest_ptr=lowest, length=length, k=k, has_lowest=1, BLOCK=16
+        scores_ptr=scores,
+        idx_ptr=idx,
+        mask_ptr=mask,
+        lowest_ptr=lowest,
+        length=length,
+        k=k,
+        has_lowest=1,
+        BLOCK=16,
+        THREADS=4,
     )
     expected_idx, expected_mask = reference.topk_route(scores, k)
     assert torch.equal(idx, expected_idx), (scores, idx, expected_idx)
@@ -91,8 +99,8 @@ def check_moves(dtype, gated, replaces):
     )
     assert torch.equal(gathered, reference.route_gather(x, legal))
 
-    slot_of = torch.full((batch * length,), -1, dtype=torch.int32)
-    routing.route_slots[(4,)](idx_ptr=idx, slot_of_ptr=slot_of, length=length, slots=slots, total=total, BLOCK=4)
+    slot_of = torch.full((batch * length,), -9, dtype=torch.int32)
+    routing.route_slots[(batch,)](idx_ptr=idx, slot_of_ptr=slot_of, length=length, slots=slots, BLOCK=4)
     pointers = {"y_ptr": y, "gate_ptr": gate, "slot_of_ptr": slot_of, "rows": batch * length, "ROWS": 4, **tile}
     scattered = torch.full_like(x, NAN)
     routing.route_scatter_add_rows[(5,)](base_ptr=x, out_ptr=scattered, has_base=0, has_gate=0, replaces=1, **pointers)
@@ -135,7 +143,9 @@ def check_logits(dtype, looks_back, with_prev):
         "has_prev": int(with_prev),
     }
     logits, parts = torch.full((batch, length), NAN), torch.full((batch * 3, len(weight)), NAN)
-    causal_route_logits.causal_route_logits_fwd[(batch * length,)](**shared, logits_ptr=logits, BLOCK_D=16)
+    causal_route_logits.causal_route_logits_fwd[(6,)](
+        **shared, logits_ptr=logits, rows=batch * length, ROWS=4, BLOCK_D=16
+    )
     grad_x, grad_prev = torch.full_like(x, NAN), torch.full_like(prev, NAN)
     causal_route_logits.causal_route_logits_bwd[(batch * 3,)](
         **shared,

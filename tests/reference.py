@@ -233,12 +233,11 @@ def rotate(x, positions, frequencies):
 
 
 def route_kv_append(keys, values, count, k, v, positions, frequencies=None):
-    """New keys, values and count: slot by slot, where the position is not negative and the cache not full."""
+    """New keys, values and count: the slots whose position is not negative, in order, until the cache is full."""
     keys, values, count = keys.clone(), values.clone(), count.clone()
     turned = k if frequencies is None else rotate(k, positions, frequencies)
-    for b in range(len(k)):
-        for s in range(k.shape[1]):
-            if positions[b, s] >= 0 and count[b] < keys.shape[1]:
-                keys[b, count[b]], values[b, count[b]] = turned[b, s], v[b, s]
-                count[b] += 1
+    for b, (start, row) in enumerate(zip(count.tolist(), positions.tolist(), strict=True)):
+        taken = [s for s, position in enumerate(row) if position >= 0][: keys.shape[1] - start]
+        count[b] = end = start + len(taken)
+        keys[b, start:end], values[b, start:end] = turned[b, taken], v[b, taken]
     return keys, values, count

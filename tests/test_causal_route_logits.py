@@ -176,7 +176,7 @@ def test_bad_input(place, changes, error):
     batch=st.integers(0, 3), length=st.integers(0, 40), dim=st.integers(1, 40), dtype=st.sampled_from(DTYPES["cpu"]),
     looks_back=st.booleans(), with_prev=st.booleans(), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=60)
+@settings(max_examples=300)
 def test_any_size(batch, length, dim, dtype, looks_back, with_prev, seed):
     torch.manual_seed(seed)
     x, weight, prev = draw(batch, length, dim, dtype, "cpu")

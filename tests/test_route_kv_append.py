@@ -57,6 +57,13 @@ def test_is_its_equation(device, heads, head_dim):
             check(*problem[:6], None)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 99, 100, 101, 1024, 65536])
+def test_lengths(device, slots):
+    """More room than slots, as much, and less."""
+    for capacity in (slots + 3, slots, slots // 2 + 1):
+        check(*draw(2, capacity, slots, 1, 8, torch.float32, device))
+
+
 def test_far_positions(device):
     """2^20 tokens on, an angle of a million: the same rotation, up to what one rounding of the angle is worth."""
     problem = draw(2, 5, 4, 1, 8, torch.float32, device, far=2**20)
@@ -106,6 +113,22 @@ def test_compile(device):
         route_kv_append_(*other)
         assert_same_bits(problem[2], other[2])
         torch.testing.assert_close((*problem[:2], out), (*other[:2], other[0] + 1))
+
+
+def test_export(device):
+    class Append(torch.nn.Module):
+        def forward(self, *x):
+            return route_kv_append_(*x), x[0] + 1
+
+    slots = torch.export.Dim("slots", min=2)
+    shapes = ((*[{}] * 3, {1: slots}, {1: slots}, {1: slots}, {}),)
+    program = torch.export.export(
+        Append(), tuple(draw(2, 12, 3, 2, 8, torch.float32, device)), dynamic_shapes=shapes
+    ).module()
+    for count in (2, 7):
+        problem = draw(2, 12, count, 2, 8, torch.float32, device)
+        other = [x.clone() for x in problem]
+        torch.testing.assert_close((program(*problem), *problem[:3]), (Append()(*other), *other[:3]))
 
 
 @pytest.mark.gpu
@@ -191,7 +214,7 @@ def test_bad_input(place, changes, error):
     batch=st.integers(0, 3), capacity=st.integers(0, 12), slots=st.integers(0, 8), heads=st.integers(0, 3),
     half=st.integers(0, 9), dtype=st.sampled_from(DTYPES["cpu"]), rotates=st.booleans(), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=60)
+@settings(max_examples=300)
 def test_any_append(batch, capacity, slots, heads, half, dtype, rotates, seed):
     torch.manual_seed(seed)
     problem = draw(batch, capacity, slots, heads, 2 * half, dtype, "cpu")

@@ -7,6 +7,7 @@ from problem import assert_same_bits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from simplex_ops import topk_route
 from simplex_ops.models import DecoderConfig, DecoderLM
 from simplex_ops.nn import (
     MixtureOfDepthsLayer,
@@ -115,6 +116,30 @@ def test_no_text_sees_another_in_the_cache(device, name):
     assert_same_bits(after[1], before[1])
     assert torch.equal(again[1], routes[1])
     assert not torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_text_sees_another_in_training(device, name):
+    layer, x = LAYERS[name]().to(device), torch.randn(3, 30, DIM, device=device)
+    before = layer(x)
+    x[[0, 2]] = torch.randn(2, 30, DIM, device=device)
+    after = layer(x)
+    assert_same_bits(after[1], before[1])
+    assert not torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("cut", [1, 17, 29])
+def test_routes_equal_no_token_sees_a_later_one_in_training(device, name, cut):
+    """Nothing but the choice of tokens looks ahead."""
+    layer, x = LAYERS[name]().to(device), torch.randn(2, 30, DIM, device=device)
+    chosen = topk_route(torch.rand(2, 30, device=device), 15)
+    routed(layer).top_k = lambda scores, calibrates=False: chosen
+    before = layer(x)
+    x[:, cut:] = torch.randn(2, 30 - cut, DIM, device=device)
+    after = layer(x)
+    assert_same_bits(after[:, :cut].contiguous(), before[:, :cut].contiguous())
+    assert not torch.equal(after[:, cut:], before[:, cut:])
 
 
 @pytest.mark.parametrize("name", LAYERS)

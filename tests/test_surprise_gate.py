@@ -231,7 +231,7 @@ def test_bad_input(place, name):
     batch=st.integers(0, 3), length=st.integers(1, 40), dim=st.integers(1, 40), window=st.integers(1, 60),
     dtype=st.sampled_from(DTYPES["cpu"]), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=100)
+@settings(max_examples=300)
 def test_any_shape(batch, length, dim, window, dtype, seed):
     torch.manual_seed(seed)
     check(draw(batch, length, dim, dtype), window)

@@ -1,9 +1,9 @@
 """The causal router's logits (arXiv 2511.21408): portable Triton kernels, forward and backward.
 
-Forward is a program per token, which reads its row and the one before it (the second from the cache, since its neighbour just
-read it), or its row only where dim_before, the columns of the row before that count, is 0. It goes from the last row to the first:
-the L2 still holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program
-per block of tokens of one sequence: it writes the rows' gradients and its share of the weight's.
+Forward is a warp for a few tokens, which reads the weight once for all of them, each row and, where dim_before, the columns of the
+row before that count, is not 0, the row before it, which it finds in the L1. It goes from the last row to the first: the L2 still
+holds the last rows of what was just written, and then the first ones for `route_gather_rows`. Backward is a program per block of
+tokens of one sequence: it writes the rows' gradients and its share of the weight's.
 """
 
 import itertools
@@ -15,32 +15,34 @@ from triton_kernels.variant import Variant
 
 
 @triton.jit
+def _add_products(total, rows_ptr, weight_ptr, present, d, dim):
+    """total + w * x at columns d of some rows."""
+    weight = tl.load(weight_ptr + d, mask=d < dim, other=0.0)[None, :]
+    x = tl.load(rows_ptr + d[None, :], mask=present & (d < dim)[None, :], other=0.0).to(tl.float32)
+    return tl.fma(x, tl.broadcast_to(weight, x.shape), total)
+
+
+@triton.jit
 def causal_route_logits_fwd(
     x_ptr: "*dtype:16", weight_ptr: "*fp32:16", prev_ptr: "*dtype:16", logits_ptr: "*fp32:16",
-    length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
-    BLOCK_D: tl.constexpr,
+    rows: "i32", length: "i32", dim: "i32:8", dim_before: "i32:8", has_prev: "i32",
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    if dim_before == 0:
-        # Unrolled, a thread waits for several loads at once; with the row before it runs out of registers.
-        for start in tl.range(0, dim, BLOCK_D, loop_unroll_factor=4):
-            d = start + tl.arange(0, BLOCK_D)
-            x = tl.load(x_ptr + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
-            total += x * tl.load(weight_ptr + d, mask=d < dim, other=0.0)
-    else:
-        # How many elements there are to read of the row before: none of at least one of its two places.
-        of_x = tl.where(row % length == 0, 0, dim)
-        of_prev = tl.where((row % length == 0) & (has_prev != 0), dim, 0)
-        for start in range(0, dim, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            inside = d < dim
-            x = tl.load(x_ptr + row * dim + d, mask=inside, other=0.0).to(tl.float32)
-            before = tl.load(x_ptr + (row - 1) * dim + d, mask=d < of_x, other=0.0).to(tl.float32)
-            before += tl.load(prev_ptr + row // length * dim + d, mask=d < of_prev, other=0.0).to(tl.float32)
-            total += x * tl.load(weight_ptr + d, mask=inside, other=0.0)
-            total += before * tl.load(weight_ptr + dim + d, mask=inside, other=0.0)
-    tl.store(logits_ptr + row, tl.sum(total))
+    """rows: of all sequences."""
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    present = (row < rows)[:, None]
+    first = (row % length == 0)[:, None]
+    own_ptr = x_ptr + (row.to(tl.int64) * dim)[:, None]
+    before_ptr = tl.where(first, prev_ptr + ((row // length).to(tl.int64) * dim)[:, None], own_ptr - dim)
+    before_ptr = tl.multiple_of(before_ptr, (16, 16))  # which the compiler forgets where pointers are chosen
+    known = present & (tl.where(first, has_prev, 1) != 0)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        total = _add_products(total, own_ptr, weight_ptr, present, d, dim)
+        if dim_before != 0:
+            total = _add_products(total, before_ptr, weight_ptr + dim, known, d, dim)
+    tl.store(logits_ptr + row, tl.sum(total, 1), mask=row < rows)
 
 
 @triton.jit
@@ -78,13 +80,17 @@ def causal_route_logits_bwd(
         tl.store(grad_prev_ptr + sequence * dim + d, grad_prev, mask=d < of_prev)
 
 
-# Forward on the H100, 8 x 4096 x 2048 bf16, behind a kernel that writes x, us without and with a row before: (512, 2) 43 and 51,
-# (1024, 2) 43 and 55, (512, 1) 44 and 54, (256, 1) 48 and 53; tiles of 2 and 4 rows with 1 warp 43 and 50, with more up to 52 and 68;
-# unrolled loops are no faster. Without the branch for a row alone that took 58. Backward: not measured.
+# Forward on the H100, 8 x 4096 x 2048 bf16, right behind a dense block, us without and with a row before, by (ROWS, BLOCK_D, num_warps):
+# (4, 512, 1) 47.5 and 53.9, (8, 256, 1) 49.5 and 59.2, (4, 256, 1) 51.2 and 56.1, (2, 1024, 1) 52.5 and 60.2, (8, 512, 2) 50.8 and 59.2,
+# (32, 256, 4) 50.2 and 58.9; first all rows, then all rows before, 48.3 and 62.5; a program of two warps per token 49.2 and 66.2.
+# Unrolled twice 55.7, through shared memory in 2 or 3 stages 50.3 and 49.0. x marked as evicted first: 42.7 and 64.4, but then the
+# gather behind it takes 44.4 instead of 40.7 (what was written before stays in the L2 and is written back later).
+# Backward: not measured.
 def _variants() -> list[Variant]:
     table = []
     for arch, dtype in itertools.product(("sm80", "sm90a", "sm100f", "sm120f"), ("bf16", "fp16", "fp32")):
-        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, {"BLOCK_D": 512, "num_warps": 2}))
+        rows = {"ROWS": 4, "BLOCK_D": 256 if dtype == "fp32" else 512, "num_warps": 1}
+        table.append(Variant(causal_route_logits_fwd, arch, {"dtype": dtype}, rows))
         tile = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
         table.append(Variant(causal_route_logits_bwd, arch, {"dtype": dtype}, tile))
     return table

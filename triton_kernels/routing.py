@@ -1,9 +1,8 @@
 """Routing tokens to a layer (arXiv 2511.21408): portable Triton kernels.
 
-`route_topk` is a program per sequence. Its threshold is the k-th largest score, found from the top bit down on an integer image
-of the scores that sorts as they do, by counting the scores at or above a candidate: no sort. A sequence that fits a block stays
-in registers meanwhile, and each round settles two bits. What reaches the threshold is then written in the order of time, ties
-from the left.
+`route_topk` is a program per sequence. Its threshold is the k-th largest score, found from the top bit down of an integer that
+sorts as scores do, by counting the scores at or above a candidate: no sort. A sequence that fits a block stays in registers
+meanwhile, and each round settles two bits. What reaches the threshold is then written in the order of time, ties from the left.
 
 The moves read and write every row once. Gathering goes from the first row to the last, because what made the scores came from the
 other end, and adding back from the last to the first, because the block ended with the last: each finds in the L2 what was just
@@ -19,39 +18,45 @@ from triton_kernels.variant import Variant
 
 
 @triton.jit
-def _image(score):
-    """An int32 that sorts as the score does, NaN with -inf and -0 with 0."""
-    score = tl.where(score != score, float("-inf"), score)
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _score(image):
+    """The score of an int32 that sorts as scores do: NaN, which no score reaches, above inf, and -inf below its own image."""
+    image = tl.maximum(image, -2139095041)
+    return (image ^ ((image >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _load_images(scores_ptr, t, length):
-    """No score's image is the least int32: it stands for what is behind the end."""
-    image = _image(tl.load(scores_ptr + t, mask=t < length, other=0.0))
-    return tl.where(t < length, image, -2147483648)
+def _load_scores(scores_ptr, t, length):
+    """-inf for NaN, and NaN, which reaches nothing, behind the end."""
+    score = tl.load(scores_ptr + t, mask=t < length, other=0.0)
+    return tl.where(t < length, tl.where(score != score, float("-inf"), score), float("nan"))
 
 
 @triton.jit
 def _count_from(scores_ptr, least, length, BLOCK: tl.constexpr):
-    """How many images are at least `least`, which is not the least int32."""
+    """How many scores are at least `least`."""
     count = tl.full([], 0, tl.int32)
     for start in range(0, length, BLOCK):
-        count += tl.sum((_load_images(scores_ptr, start + tl.arange(0, BLOCK), length) >= least).to(tl.int32))
+        count += tl.sum((_load_scores(scores_ptr, start + tl.arange(0, BLOCK), length) >= least).to(tl.int32))
     return count
 
 
 @triton.jit
-def _kth_of_block(image, k):
-    """The k-th largest image, two bits a round by three counts, of which the first two, of at most 2^15, share a sum."""
+def _kth_of_block(score, k, THREADS: tl.constexpr):
+    """The image of the k-th largest score, two bits a round by three counts.
+
+    A thread counts its scores, at most 127, in a float with 7 bits for each count: a compare and a multiply-add for each score
+    and bar, where integers take twice as long. A block's counts are at most 2^15, and one sum takes two words of two.
+    """
+    score = tl.reshape(score, [score.shape[0] // THREADS, THREADS])
     least = tl.full([], -2147483648, tl.int32)
     for i in range(0, 16):
         step = tl.full([], 1, tl.int32) << (30 - 2 * i)
-        two = least + step + step
-        counts = tl.sum(tl.where(image >= two, 65537, tl.where(image >= least + step, 1, 0)))
-        digit = ((counts & 0xFFFF) >= k).to(tl.int32) + ((counts >> 16) >= k).to(tl.int32)
-        least += step * (digit + (tl.sum((image >= two + step).to(tl.int32)) >= k).to(tl.int32))
+        one = (score >= _score(least + step)).to(tl.float32)
+        two = (score >= _score(least + step + step)).to(tl.float32)
+        three = (score >= _score(least + step + step + step)).to(tl.float32)
+        counts = tl.sum(tl.fma(three, 16384.0, tl.fma(two, 128.0, one)), 0).to(tl.int32)
+        words = tl.sum(tl.join((counts & 0x7F) | (counts & 0x3F80) << 9, counts >> 14), 0)
+        least += step * tl.sum(((words & 0xFFFF) >= k).to(tl.int32) + ((words >> 16) >= k).to(tl.int32))
     return least
 
 
@@ -61,20 +66,20 @@ def _kth(scores_ptr, length, k, BLOCK: tl.constexpr):
     least = tl.full([], -2147483648, tl.int64)
     for i in range(0, 32):
         candidate = least + (tl.full([], 1, tl.int64) << (31 - i))
-        count = _count_from(scores_ptr, candidate.to(tl.int32), length, BLOCK)
+        count = _count_from(scores_ptr, _score(candidate.to(tl.int32)), length, BLOCK)
         least = tl.where(count >= k, candidate, least)
     return least.to(tl.int32)
 
 
 @triton.jit
-def _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length):
+def _place(score, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length):
     """Writes what a block chooses behind the `placed` before it; how many ties and choices there are by now."""
     # Higher scores and ties are counted in one scan, 16 bits each: a block has fewer than 2^15 tokens.
-    kind = (image > bar).to(tl.int32) + ((image == bar).to(tl.int32) << 16)
+    kind = (score > bar).to(tl.int32) + ((score == bar).to(tl.int32) << 16)
     upto = tl.cumsum(kind, 0)
     taken = tl.minimum(ties, ties_wanted)
     rank = (upto & 0xFFFF) + tl.minimum(ties + (upto >> 16), ties_wanted) - taken  # chosen ones up to this token
-    chosen = (image > bar) | (image == bar) & (ties + (upto >> 16) <= ties_wanted)
+    chosen = (score > bar) | (score == bar) & (ties + (upto >> 16) <= ties_wanted)
     tl.store(idx_ptr + placed + rank - 1, t, mask=chosen)
     tl.store(mask_ptr + t, chosen.to(tl.int8), mask=t < length)
     total = tl.sum(kind)
@@ -85,7 +90,7 @@ def _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length):
 @triton.jit
 def route_topk(
     scores_ptr: "*fp32:16", idx_ptr: "*i32:16", mask_ptr: "*i8:16", lowest_ptr: "*fp32:16", length: "i32", k: "i32",
-    has_lowest: "i32", BLOCK: tl.constexpr,
+    has_lowest: "i32", BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):
     """lowest: the k-th score of each sequence, for `route_calibrate`."""
     row = tl.program_id(0).to(tl.int64)
@@ -96,20 +101,20 @@ def route_topk(
     placed = tl.full([], 0, tl.int32)
     if length <= BLOCK:
         t = tl.arange(0, BLOCK)
-        image = _load_images(scores_ptr, t, length)
-        bar = _kth_of_block(image, k)
-        ties_wanted = k - tl.sum((image > bar).to(tl.int32))
-        _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
+        score = _load_scores(scores_ptr, t, length)
+        bar = _score(_kth_of_block(score, k, THREADS))
+        ties_wanted = k - tl.sum((score > bar).to(tl.int32))
+        _place(score, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
     else:
-        bar = _kth(scores_ptr, length, k, BLOCK)
-        # No score's image is the largest int32 (that would be a NaN), so bar + 1 fits.
-        ties_wanted = k - _count_from(scores_ptr, bar + 1, length, BLOCK)
+        image = _kth(scores_ptr, length, k, BLOCK)
+        bar = _score(image)
+        ties_wanted = k - _count_from(scores_ptr, _score(image + 1), length, BLOCK)
         for start in range(0, length, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            image = _load_images(scores_ptr, t, length)
-            ties, placed = _place(image, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
+            score = _load_scores(scores_ptr, t, length)
+            ties, placed = _place(score, t, bar, ties_wanted, ties, placed, idx_ptr, mask_ptr, length)
     if has_lowest != 0:
-        tl.store(lowest_ptr + row, (bar ^ ((bar >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+        tl.store(lowest_ptr + row, bar)
 
 
 @triton.jit
@@ -170,13 +175,22 @@ def route_gather_rows(
 
 @triton.jit
 def route_slots(
-    idx_ptr: "*i32:16", slot_of_ptr: "*i32:16", length: "i32", slots: "i32", total: "i32",
+    idx_ptr: "*i32:16", slot_of_ptr: "*i32:16", length: "i32", slots: "i32",
     BLOCK: tl.constexpr,
 ):
-    """slot_of [rows], -1 before: the slot that each routed row takes, counted over all sequences."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.load(idx_ptr + slot, mask=slot < total, other=-1)
-    tl.store(slot_of_ptr + (slot // slots).to(tl.int64) * length + t, slot, mask=(t >= 0) & (t < length))
+    """slot_of [rows]: the slot that each routed row takes, counted over all sequences, or -1. A program per sequence, so that
+    its barrier is all that has to come between."""
+    row = tl.program_id(0).to(tl.int64)
+    idx_ptr += row * slots
+    slot_of_ptr += row * length
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        tl.store(slot_of_ptr + t, tl.full([BLOCK], -1, tl.int32), mask=t < length)
+    tl.debug_barrier()
+    for start in range(0, slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        t = tl.load(idx_ptr + slot, mask=slot < slots, other=-1)
+        tl.store(slot_of_ptr + t, tl.program_id(0) * slots + slot, mask=(t >= 0) & (t < length))
 
 
 @triton.jit
@@ -241,15 +255,17 @@ def route_scatter_add_bwd(
 
 
 # On the H100, 8 x 4096 x 2048 bf16, half of the tokens, tiles of 1 to 4 rows gather in 47 to 48 us behind the kernel of the logits, in
-# 49 to 50 from the other end, and add back in 110 to 113 (16 rows: 127). Scores of 8 x 4096 tokens: 10.0 us with 4 warps, 10.6 with 8,
-# 12 with 16; 11.7 with three counts in one int64, 14.1 by 3 bits a round, 14.0 by histograms of 8 bits, and up to 20 by a loop that
-# ends as soon as no more than k images reach the bar.
+# 49 to 50 from the other end, and add back in 110 to 113 (16 rows: 127).
+# Scores of 8 x 4096 tokens, right behind matrix products: 10.7 us with 16 warps, 14.1 with 32; with a sum for each word 11.3, 13.0 with
+# 8 warps and 17.1 with 4. A bit a round 12.5, the bars along a dimension 13.1 and, for 3 bits a round, 12.7. With integer images and 4
+# warps 24, half of it in `_place`: instructions that run once come from memory, so that few a thread is what counts. Placing in a loop
+# of 1024 tokens: 11.6 with 8 warps, 12.8 with 16.
 def _variants() -> list[Variant]:
     table = []
     for arch in ("sm80", "sm90a", "sm100f", "sm120f"):
-        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "num_warps": 4}))
+        table.append(Variant(route_topk, arch, {}, {"BLOCK": 4096, "THREADS": 512, "num_warps": 16}))
         table.append(Variant(route_threshold, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
-        table.append(Variant(route_slots, arch, {}, {"BLOCK": 1024, "num_warps": 4}))
+        table.append(Variant(route_slots, arch, {}, {"BLOCK": 4096, "num_warps": 8}))
         table.append(Variant(route_calibrate, arch, {}, {"BLOCK": 128, "num_warps": 1}))
         for dtype in ("bf16", "fp16", "fp32"):
             rows = {"ROWS": 1, "BLOCK_D": 1024 if dtype == "fp32" else 2048, "num_warps": 4}
