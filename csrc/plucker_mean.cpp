@@ -184,6 +184,15 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
   const int64_t width = padded(p.r);
   const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
   launch.backward(frames, grad_pbar, turn);
+  plucker_mean_backward_token(p, frames, turn, grad_z);
+}
+
+}  // namespace
+
+void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
+                                 const Tensor& grad_z) {
+  const Launch launch(p);
+  const int64_t width = padded(p.r);
   // The kernel writes 16 bytes at a time.
   const bool direct =
       width == p.r && grad_z.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
@@ -195,8 +204,6 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
   Tensor to = grad_z;
   if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
-
-}  // namespace
 
 PluckerFrames plucker_frames(const PluckerMean& p) {
   if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};

@@ -53,6 +53,9 @@ MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& fram
 // grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
+// The second half of it on CUDA, from `turn`, fp32 [2 width, stride] (triton_kernels/plucker_mean.py says what it is).
+void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
+                                 const Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);

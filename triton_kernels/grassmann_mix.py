@@ -109,7 +109,7 @@ def _wedge(a, b, x, y):
 
 
 @gluon.jit
-def _planes(frame, tile: gl.constexpr, seen):
+def _planes(frame, tile: gl.constexpr, bias_everywhere):
     """pbar of the columns of a tile."""
     A: gl.constexpr = _blocks(tile)[0]
     B: gl.constexpr = _blocks(tile)[1]
@@ -124,6 +124,9 @@ def _planes(frame, tile: gl.constexpr, seen):
         of_a_u, of_a_y = _coordinates(frame, A, OF_J)
         pbar = gl.where(j > i, _wedge(u_i, y_i, of_a_y, of_a_u), _wedge(of_b_y, of_b_u, u_j, y_j))
         if tile == 6:
+            # Row 0 of the last box is N: it lies in the threads of j = 0, where it is wanted.
+            count = gl.expand_dims(frame.index(8).permute((1, 0)).load(OF_J), 1)
+            seen = gl.where((count > 0) | (bias_everywhere != 0), 1.0, 0.0)
             pbar = gl.where((i == 0) & (j == 0), seen, pbar)
         return pbar
 
@@ -137,27 +140,25 @@ def _boxes(memory):
 
 @gluon.jit
 def _load_frames(frame_desc, first_token, full, boxes, PER_WARPGROUP: gl.constexpr):
-    mbarrier.expect(full, 2 * 64 * ROWS * 4)
-    for i in gl.static_range(16):
-        token = first_token + i // 8 * ROWS
-        tma.async_load(frame_desc, [i % 8 * 8, token], full, boxes.index(i // 8 * PER_WARPGROUP + i % 8))
+    """u and Y by blocks and the two rows after them, of 64 tokens for each of two warpgroups."""
+    mbarrier.expect(full, 2 * 9 * 8 * ROWS * 4)
+    for i in gl.static_range(2):
+        for block in gl.static_range(9):
+            tma.async_load(frame_desc, [8 * block, first_token + i * ROWS], full, boxes.index(i * PER_WARPGROUP + block))
 
 
 @gluon.jit
-def _mix(weights, memory, frame_full, warpgroup, count_ptr, g_desc, first_token, first_row, stride, bias_everywhere,
+def _mix(weights, memory, frame_full, warpgroup, g_desc, first_token, first_row, bias_everywhere,
          BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """A warpgroup: 64 tokens."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     dtype: gl.constexpr = weights.tiles.dtype
-    token = first_token + warpgroup * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OF_I))
-    count = gl.load(count_ptr + token, mask=token < stride, other=0.0)
-    seen = gl.where((count > 0) | (bias_everywhere != 0), 1.0, 0.0)[:, None, None]
-    frame = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 8)
+    frame = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 9)
     mbarrier.wait(frame_full, 0)
     g = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, mma)
     for tile in gl.static_range(TILES):
-        pbar = gl.convert_layout(_planes(frame, tile, seen).reshape([ROWS, 64]).to(dtype), operand, assert_trivial=True)
+        pbar = gl.convert_layout(_planes(frame, tile, bias_everywhere).reshape([ROWS, 64]).to(dtype), operand, assert_trivial=True)
         mbarrier.wait(weights.full.index(tile % STAGES), tile // STAGES % 2)
         g = warpgroup_mma(pbar, weights.tiles.index(tile % STAGES).permute((1, 0)), g, use_acc=tile > 0, is_async=True)
         if tile > 0:
@@ -175,8 +176,8 @@ def _mix(weights, memory, frame_full, warpgroup, count_ptr, g_desc, first_token,
 
 @gluon.jit
 def grassmann_mix_fwd(
-    frame_desc: "tensordesc<fp32[8,64]>", count_ptr: "*fp32:16", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
-    g_desc: "tensordesc<dtype[64,BLOCK_N]>", stride: "i32:8", bias_everywhere: "i32",
+    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
+    g_desc: "tensordesc<dtype[64,BLOCK_N]>", bias_everywhere: "i32",
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """g of 128 tokens and BLOCK_N rows of the weight."""
@@ -192,8 +193,8 @@ def grassmann_mix_fwd(
     _load_frames(frame_desc, first_token, frame_full, _boxes(memory), BLOCK_N // 16)
     gl.warp_specialize(
         [
-            (_mix, (weights, memory, frame_full, 0, count_ptr, g_desc, first_token, first_row, stride, bias_everywhere, BLOCK_N, STAGES)),
-            (_mix, (weights, memory, frame_full, 1, count_ptr, g_desc, first_token, first_row, stride, bias_everywhere, BLOCK_N, STAGES)),
+            (_mix, (weights, memory, frame_full, 0, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
+            (_mix, (weights, memory, frame_full, 1, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
             (_load_weights, (weights, weight_desc, first_row)),
         ],
         [4, 1],
@@ -276,10 +277,10 @@ def _grad_pbar(weights, grad_g, stage, phase):
 
 
 @gluon.jit
-def _turn(weights, memory, frames, full, warpgroup, count_ptr, turn_ptr, first_token, stride, BLOCK_N: gl.constexpr):
+def _turn(weights, memory, frames, full, warpgroup, turn_desc, first_token, BLOCK_N: gl.constexpr):
     """A warpgroup: 64 tokens."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    frame = frames.slice(warpgroup * 8, 8)
+    frame = frames.slice(warpgroup * 9, 9)
     mbarrier.wait(full.index(0), 0)
     mbarrier.wait(full.index(1), 0)
     grad_g = memory.index(warpgroup).load(gl.DotOperandLayout(0, mma, 2))
@@ -308,21 +309,23 @@ def _turn(weights, memory, frames, full, warpgroup, count_ptr, turn_ptr, first_t
             part_h, part_k = _add_pair(sums, frame, own, none, none, a + b, a + b)
             _add(sums, a + b, _as_of_j(part_h))
             _add(sums, 4 + a + b, _as_of_j(part_k))
-    token = first_token + warpgroup * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OF_J))
-    count = gl.load(count_ptr + token, mask=token < stride, other=0.0)[:, None]
-    mask = (token < stride)[:, None]
-    row = gl.arange(0, 8, gl.SliceLayout(0, OF_J))
-    at = turn_ptr + row.to(gl.int64)[None, :] * stride + token[:, None]
+    row = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, :]
+    count = gl.sum(gl.where(row == 0, frame.index(8).permute((1, 0)).load(OF_J), 0.0), 1)[:, None]
     for block in range(8):
-        x = sums.index(block).permute((1, 0)).load(OF_J) * gl.where(block < 4, 1.0 / gl.maximum(count, 1.0), 1.0)
-        gl.store(at, gl.where(count > 0, x, 0.0), mask=mask)
-        at += 8 * stride.to(gl.int64)
+        x = sums.index(block).permute((1, 0))
+        scaled = x.load(OF_J) * gl.where(block < 4, 1.0 / gl.maximum(count, 1.0), 1.0)
+        x.store(gl.where(count > 0, scaled, 0.0))
+    fence_async_shared()
+    gl.barrier()
+    for block in range(8):
+        tma.async_store(turn_desc, [8 * block, first_token + warpgroup * ROWS], sums.index(block))
+    tma.store_wait(0)
 
 
 @gluon.jit
 def grassmann_mix_bwd_frame(
-    frame_desc: "tensordesc<fp32[8,64]>", count_ptr: "*fp32:16", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
-    grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", turn_ptr: "*fp32:16", stride: "i32:8",
+    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
+    grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", turn_desc: "tensordesc<fp32[8,64]>",
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """h / N and k of 128 tokens (plucker_mean_bwd_frame), from the gradient of g, which has BLOCK_N columns at most."""
@@ -330,7 +333,7 @@ def grassmann_mix_bwd_frame(
     first_token = gl.program_id(0) * 2 * ROWS
     weights = _new_weights(dtype, STAGES, BLOCK_N)
     memory = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype))
-    frames = gl.allocate_shared_memory(gl.float32, [16, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
+    frames = gl.allocate_shared_memory(gl.float32, [18, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
     full = mbarrier.allocate_mbarrier(batch=2)
     mbarrier.init(full.index(0), count=1)
     mbarrier.init(full.index(1), count=1)
@@ -338,148 +341,12 @@ def grassmann_mix_bwd_frame(
     mbarrier.expect(full.index(0), 2 * ROWS * BLOCK_N * 2)
     for i in gl.static_range(2):
         tma.async_load(grad_g_desc, [first_token + i * ROWS, 0], full.index(0), memory.index(i))
-    _load_frames(frame_desc, first_token, full.index(1), frames, 8)
+    _load_frames(frame_desc, first_token, full.index(1), frames, 9)
     gl.warp_specialize(
         [
-            (_turn, (weights, memory, frames, full, 0, count_ptr, turn_ptr, first_token, stride, BLOCK_N)),
-            (_turn, (weights, memory, frames, full, 1, count_ptr, turn_ptr, first_token, stride, BLOCK_N)),
+            (_turn, (weights, memory, frames, full, 0, turn_desc, first_token, BLOCK_N)),
+            (_turn, (weights, memory, frames, full, 1, turn_desc, first_token, BLOCK_N)),
             (_load_weights, (weights, weight_desc, 0)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-
-
-# Planes (i, j) as the rows of an operand, 64 tokens as its columns.
-PLANES_BY_TOKEN = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [1, 0, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[2, 0, 0], [4, 0, 0]],
-        [],
-        [8, 8, 64],
-    )
-)
-ROWS_I = gl.constexpr(gl.SliceLayout(1, PLANES_BY_TOKEN.value))
-ROWS_J = gl.constexpr(gl.SliceLayout(0, PLANES_BY_TOKEN.value))
-
-
-@aggregate
-class Tokens:
-    """The gradient of g and the frames of 64 tokens at a time."""
-
-    grad_g: gl.shared_memory_descriptor  # [stages, 64, BLOCK_N]
-    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and the two rows after them
-    full: gl.shared_memory_descriptor  # [stages] barriers
-    empty: gl.shared_memory_descriptor
-
-    advance = _advance
-
-
-@gluon.jit
-def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
-    """The helper."""
-    stage = 0
-    phase = 1
-    for token in range(first_token, end_token, ROWS):
-        mbarrier.wait(tokens.empty.index(stage), phase)
-        full = tokens.full.index(stage)
-        mbarrier.expect(full, ROWS * (9 * 8 * 4 + tokens.grad_g.shape[2] * 2))
-        tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
-        for i in gl.static_range(9):
-            tma.async_load(frame_desc, [i * 8, token], full, tokens.frame.index(stage * 9 + i))
-        stage, phase = tokens.advance(stage, phase)
-
-
-@gluon.jit
-def _rows(frame, block, OF: gl.constexpr):
-    """u and Y of the 8 coordinates of a block, [8, 8, 64], by i or by j."""
-    axis: gl.constexpr = OF.dim
-    return gl.expand_dims(frame.index(block).load(OF), axis), gl.expand_dims(frame.index(4 + block).load(OF), axis)
-
-
-@gluon.jit
-def _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE: gl.constexpr, operand: gl.constexpr):
-    """pbar of 64 planes, of blocks a and b, and of 64 tokens."""
-    frame = tokens.frame
-    u_i, y_i = _rows(frame, stage * 9 + a, ROWS_I)
-    u_j, y_j = _rows(frame, stage * 9 + b, ROWS_J)
-    if INSIDE:
-        i = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, PLANES_BY_TOKEN)))[:, None, None]
-        j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, PLANES_BY_TOKEN)))[None, :, None]
-        of_b_u, of_b_y = _rows(frame, stage * 9 + b, ROWS_I)
-        of_a_u, of_a_y = _rows(frame, stage * 9 + a, ROWS_J)
-        pbar = gl.where(j > i, _wedge(u_i, y_i, of_a_y, of_a_u), _wedge(of_b_y, of_b_u, u_j, y_j))
-        # Row 0 of the box is N: in the threads of j = 0, where it is wanted.
-        count = gl.expand_dims(frame.index(stage * 9 + 8).load(ROWS_J), 0)
-        seen = gl.where((count > 0) | (bias_everywhere != 0), 1.0, 0.0)
-        pbar = gl.where((i == 0) & (j == 0) & (a == 0), seen, pbar)
-    else:
-        pbar = _wedge(u_i, y_i, y_j, u_j)
-    return gl.convert_layout(pbar.reshape([64, ROWS]).to(tokens.grad_g.dtype), operand, assert_trivial=True)
-
-
-@gluon.jit
-def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, INSIDE: gl.constexpr):
-    """A warpgroup: a tile of 64 planes."""
-    BLOCK_N: gl.constexpr = tokens.grad_g.shape[2]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    sums = gl.full([64, BLOCK_N], 0.0, gl.float32, mma)
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    mbarrier.wait(tokens.full.index(0), 0, pred=first_token < end_token)
-    pbar = _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE, operand)
-    for token in range(first_token, end_token, ROWS):
-        sums_next = warpgroup_mma(pbar, tokens.grad_g.index(stage), sums, is_async=True)
-        next_stage, next_phase = tokens.advance(stage, phase)
-        mbarrier.wait(tokens.full.index(next_stage), next_phase, pred=token + ROWS < end_token)
-        pbar_next = _planes_by_token(tokens, next_stage, a, b, bias_everywhere, INSIDE, operand)
-        sums = warpgroup_mma_wait(0, deps=(sums_next,))
-        mbarrier.arrive(tokens.empty.index(stage))
-        stage, phase, pbar = next_stage, next_phase, pbar_next
-    row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
-    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
-    gl.store(part_ptr + row[:, None] * d + column[None, :], sums, mask=(column < d)[None, :])
-
-
-@gluon.jit
-def _sum_tile(tokens, part_ptr, tile, first_token, end_token, d, bias_everywhere):
-    if tile < 6:
-        a = (tile > 2).to(gl.int32) + (tile > 4).to(gl.int32)
-        b = gl.where(tile < 3, tile + 1, gl.where(tile < 5, tile - 1, 3))
-        _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, False)
-    else:
-        a = 2 * tile - 12
-        _sum_planes(tokens, part_ptr, tile, a, a + 1, first_token, end_token, d, bias_everywhere, True)
-
-
-@gluon.jit
-def grassmann_mix_bwd_weight(
-    frame_desc: "tensordesc<fp32[8,64]>", grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", part_ptr: "*fp32:16",
-    num_tokens: "i32", share: "i32", d: "i32:8", bias_everywhere: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """pbar^T @ grad_g of 128 planes, summed over `share` tokens, a multiple of 64: [splits, 512, d]."""
-    dtype: gl.constexpr = grad_g_desc.dtype
-    first_token = gl.program_id(1) * share
-    end_token = gl.minimum(first_token + share, num_tokens)
-    tile = gl.program_id(0) * 2
-    part_ptr += gl.program_id(1).to(gl.int64) * 512 * d
-    tokens = Tokens(
-        gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype)),
-        gl.allocate_shared_memory(gl.float32, [9 * STAGES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32)),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-    )
-    for i in gl.static_range(STAGES):
-        mbarrier.init(tokens.full.index(i), count=1)
-        mbarrier.init(tokens.empty.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_sum_tile, (tokens, part_ptr, tile, first_token, end_token, d, bias_everywhere)),
-            (_sum_tile, (tokens, part_ptr, tile + 1, first_token, end_token, d, bias_everywhere)),
-            (_load_tokens, (tokens, frame_desc, grad_g_desc, first_token, end_token)),
         ],
         [4, 1],
         [240, 24],
@@ -489,6 +356,6 @@ def grassmann_mix_bwd_weight(
 VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": stages, "num_warps": 4})
     for dtype, (kernel, stages) in itertools.product(
-        ("bf16", "fp16"), {grassmann_mix_fwd: 5, grassmann_mix_bwd_frame: 3, grassmann_mix_bwd_weight: 4}.items()
+        ("bf16", "fp16"), {grassmann_mix_fwd: 5, grassmann_mix_bwd_frame: 3}.items()
     )
 ]

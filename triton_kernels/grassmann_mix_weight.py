@@ -2,7 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
 
+from triton_kernels.grassmann_mix import _wedge
+from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
 
@@ -36,6 +48,143 @@ def grassmann_mix_weight(
     tl.store(columns_ptr + row * 512 + column, x)
 
 
+# Planes (i, j) as the rows of an operand, 64 tokens as its columns.
+PLANES_BY_TOKEN = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [1, 0, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[2, 0, 0], [4, 0, 0]],
+        [],
+        [8, 8, 64],
+    )
+)
+ROWS_I = gl.constexpr(gl.SliceLayout(1, PLANES_BY_TOKEN.value))
+ROWS_J = gl.constexpr(gl.SliceLayout(0, PLANES_BY_TOKEN.value))
+
+
+@aggregate
+class Tokens:
+    """The gradient of g and the frames of 64 tokens at a time."""
+
+    grad_g: gl.shared_memory_descriptor  # [stages, 64, BLOCK_N]
+    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and the two rows after them
+    full: gl.shared_memory_descriptor  # [stages] barriers
+    empty: gl.shared_memory_descriptor
+
+    advance = _advance
+
+
+@gluon.jit
+def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
+    """The helper."""
+    stage = 0
+    phase = 1
+    for token in range(first_token, end_token, ROWS):
+        mbarrier.wait(tokens.empty.index(stage), phase)
+        full = tokens.full.index(stage)
+        mbarrier.expect(full, ROWS * (9 * 8 * 4 + tokens.grad_g.shape[2] * 2))
+        tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
+        for i in gl.static_range(9):
+            tma.async_load(frame_desc, [i * 8, token], full, tokens.frame.index(stage * 9 + i))
+        stage, phase = tokens.advance(stage, phase)
+
+
+@gluon.jit
+def _rows(frame, block, OF: gl.constexpr):
+    """u and Y of the 8 coordinates of a block, [8, 8, 64], by i or by j."""
+    axis: gl.constexpr = OF.dim
+    return gl.expand_dims(frame.index(block).load(OF), axis), gl.expand_dims(frame.index(4 + block).load(OF), axis)
+
+
+@gluon.jit
+def _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE: gl.constexpr, operand: gl.constexpr):
+    """pbar of 64 planes, of blocks a and b, and of 64 tokens."""
+    frame = tokens.frame
+    u_i, y_i = _rows(frame, stage * 9 + a, ROWS_I)
+    u_j, y_j = _rows(frame, stage * 9 + b, ROWS_J)
+    if INSIDE:
+        i = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, PLANES_BY_TOKEN)))[:, None, None]
+        j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, PLANES_BY_TOKEN)))[None, :, None]
+        of_b_u, of_b_y = _rows(frame, stage * 9 + b, ROWS_I)
+        of_a_u, of_a_y = _rows(frame, stage * 9 + a, ROWS_J)
+        pbar = gl.where(j > i, _wedge(u_i, y_i, of_a_y, of_a_u), _wedge(of_b_y, of_b_u, u_j, y_j))
+        # Row 0 of the box is N: in the threads of j = 0, where it is wanted.
+        count = gl.expand_dims(frame.index(stage * 9 + 8).load(ROWS_J), 0)
+        seen = gl.where((count > 0) | (bias_everywhere != 0), 1.0, 0.0)
+        pbar = gl.where((i == 0) & (j == 0) & (a == 0), seen, pbar)
+    else:
+        pbar = _wedge(u_i, y_i, y_j, u_j)
+    return gl.convert_layout(pbar.reshape([64, ROWS]).to(tokens.grad_g.dtype), operand, assert_trivial=True)
+
+
+@gluon.jit
+def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, INSIDE: gl.constexpr):
+    """A warpgroup: a tile of 64 planes."""
+    BLOCK_N: gl.constexpr = tokens.grad_g.shape[2]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    sums = gl.full([64, BLOCK_N], 0.0, gl.float32, mma)
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    mbarrier.wait(tokens.full.index(0), 0, pred=first_token < end_token)
+    pbar = _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE, operand)
+    for token in range(first_token, end_token, ROWS):
+        sums_next = warpgroup_mma(pbar, tokens.grad_g.index(stage), sums, is_async=True)
+        next_stage, next_phase = tokens.advance(stage, phase)
+        mbarrier.wait(tokens.full.index(next_stage), next_phase, pred=token + ROWS < end_token)
+        pbar_next = _planes_by_token(tokens, next_stage, a, b, bias_everywhere, INSIDE, operand)
+        sums = warpgroup_mma_wait(0, deps=(sums_next,))
+        mbarrier.arrive(tokens.empty.index(stage))
+        stage, phase, pbar = next_stage, next_phase, pbar_next
+    row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
+    gl.store(part_ptr + row[:, None] * d + column[None, :], sums, mask=(column < d)[None, :])
+
+
+@gluon.jit
+def _sum_tile(tokens, warpgroup, part_ptr, first_token, end_token, d, bias_everywhere):
+    """A warpgroup: a tile of 64 planes."""
+    tile = gl.program_id(0) * 2 + warpgroup
+    part_ptr += gl.program_id(1).to(gl.int64) * 512 * d
+    if tile < 6:
+        a = (tile > 2).to(gl.int32) + (tile > 4).to(gl.int32)
+        b = gl.where(tile < 3, tile + 1, gl.where(tile < 5, tile - 1, 3))
+        _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, False)
+    else:
+        a = 2 * tile - 12
+        _sum_planes(tokens, part_ptr, tile, a, a + 1, first_token, end_token, d, bias_everywhere, True)
+
+
+@gluon.jit
+def grassmann_mix_bwd_weight(
+    frame_desc: "tensordesc<fp32[8,64]>", grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", part_ptr: "*fp32:16",
+    num_tokens: "i32", share: "i32", d: "i32:8", bias_everywhere: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """pbar^T @ grad_g of 128 planes, summed over `share` tokens, a multiple of 64: [splits, 512, d]."""
+    dtype: gl.constexpr = grad_g_desc.dtype
+    first_token = gl.program_id(1) * share
+    end_token = gl.minimum(first_token + share, num_tokens)
+    tokens = Tokens(
+        gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype)),
+        gl.allocate_shared_memory(gl.float32, [9 * STAGES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32)),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+    )
+    for i in gl.static_range(STAGES):
+        mbarrier.init(tokens.full.index(i), count=1)
+        mbarrier.init(tokens.empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_sum_tile, (tokens, 0, part_ptr, first_token, end_token, d, bias_everywhere)),
+            (_sum_tile, (tokens, 1, part_ptr, first_token, end_token, d, bias_everywhere)),
+            (_load_tokens, (tokens, frame_desc, grad_g_desc, first_token, end_token)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
 @triton.jit
 def grassmann_mix_bwd_weight_sum(
     part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
@@ -62,6 +211,7 @@ VARIANTS = [
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
         (grassmann_mix_weight, {"BLOCK": 512, "num_warps": 4}),
+        (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4}),
         (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 8, "BLOCK_D": 64, "UNROLL": 8, "num_warps": 4}),
     )
 ]
