@@ -8,7 +8,7 @@ namespace simplex {
 
 namespace {
 
-const KernelFamily kWeight("grassmann_mix_weight", {"dtype"});
+const KernelFamily kStart("grassmann_mix_start", {"dtype"});
 const KernelFamily kForward("grassmann_mix_fwd", {"dtype"});
 const KernelFamily kBackwardFrame("grassmann_mix_bwd_frame", {"dtype"});
 const KernelFamily kBackwardWeight("grassmann_mix_bwd_weight", {"dtype"});
@@ -25,12 +25,21 @@ TensorDescriptor matrix(const Tensor& t) { return {t.const_data_ptr(), {t.size(0
 // One call's device, stream and frames.
 class Launch {
  public:
-  Launch(const PluckerMean& p, int64_t d)
+  Launch(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias)
       : p_(p),
-        d_(d),
+        d_(weight.size(0)),
         device_(p.z.get_device_index()),
         stream_(current_cuda_stream(device_)),
-        frames_(plucker_frames(p)) {}
+        columns_(empty_like_device(p.z, {d_, kColumns}, p.dtype)) {
+    const Tensor w = packed(weight), b = packed(bias ? *bias : weight);
+    frames_ = plucker_frames(p_, {&kStart.find(device_, {dtype_constant(p.z)}),
+                                  static_cast<unsigned>(d_),
+                                  {{"weight_ptr", w.const_data_ptr()},
+                                   {"bias_ptr", b.const_data_ptr()},
+                                   {"has_bias", static_cast<int32_t>(bias.has_value())},
+                                   {"columns_ptr", columns_.const_data_ptr()},
+                                   {"r", static_cast<int32_t>(p.r)}}});
+  }
 
   static bool serves(const PluckerMean& p, int64_t d) {
     return !p.z.is_cpu() && blocks(p.r, 8) * 8 == kWidth && d % 8 == 0 && p.outputs() * d > 0 &&
@@ -42,32 +51,20 @@ class Launch {
     return serves(p, d) && d <= kBackwardFrame.find(p.z.get_device_index(), {dtype_constant(p.z)})["BLOCK_N"];
   }
 
-  Tensor weight_columns(const Tensor& weight, const std::optional<Tensor>& bias) const {
-    const Tensor from = packed(weight), b = packed(bias ? *bias : weight);
-    const Tensor columns = empty_like_device(p_.z, {d_, kColumns}, p_.dtype);
-    run(kWeight, [&](const Kernel& kernel) { return Grid{d_, kColumns / kernel["BLOCK"]}; },
-        {{"weight_ptr", from.const_data_ptr()},
-         {"bias_ptr", b.const_data_ptr()},
-         {"has_bias", static_cast<int32_t>(bias.has_value())},
-         {"columns_ptr", columns.const_data_ptr()},
-         {"r", static_cast<int32_t>(p_.r)}});
-    return columns;
-  }
-
-  void forward(const Tensor& columns, const Tensor& g, bool bias_everywhere) const {
+  void forward(const Tensor& g, bool bias_everywhere) const {
     run(kForward,
         [&](const Kernel& kernel) { return Grid{blocks(p_.outputs(), 2 * kTile), blocks(d_, kernel["BLOCK_N"])}; },
         {{"frame_desc", of_tokens(*frames_.frame)},
-         {"weight_desc", matrix(columns)},
+         {"weight_desc", matrix(columns_)},
          {"g_desc", matrix(g)},
          {"bias_everywhere", static_cast<int32_t>(bias_everywhere)}});
   }
 
-  void backward_frame(const Tensor& columns, const Tensor& grad_g, const Tensor& grad_z) const {
+  void backward_frame(const Tensor& grad_g, const Tensor& grad_z) const {
     const Tensor turn = empty_like_device(p_.z, {2 * kWidth, frames_.frame->size(1)}, ScalarType::Float);
     run(kBackwardFrame, [&](const Kernel&) { return Grid{blocks(p_.tokens(), 2 * kTile), 1}; },
         {{"frame_desc", of_tokens(*frames_.frame)},
-         {"weight_desc", matrix(columns)},
+         {"weight_desc", matrix(columns_)},
          {"grad_g_desc", matrix(grad_g)},
          {"turn_desc", of_tokens(turn)}});
     plucker_mean_backward_token(p_, frames_, turn, grad_z);
@@ -119,6 +116,7 @@ class Launch {
   int64_t d_;
   int device_;
   void* stream_;
+  Tensor columns_;  // the weight in the order of the tiles, and the bias
   PluckerFrames frames_;
 };
 
@@ -128,9 +126,9 @@ std::optional<Tensor> mixed_in_registers(const PluckerMean& p, const Tensor& wei
                                          bool bias_everywhere) {
   const int64_t d = weight.size(0);
   if (!Launch::serves(p, d)) return std::nullopt;
-  const Launch launch(p, d);
+  const Launch launch(p, weight, bias);
   const Tensor g = empty_like_device(p.z, {p.outputs(), d}, p.dtype);
-  launch.forward(launch.weight_columns(weight, bias), g, bias_everywhere);
+  launch.forward(g, bias_everywhere);
   return g;
 }
 
@@ -139,8 +137,8 @@ std::optional<std::pair<Tensor, Tensor>> gradients_in_registers(const PluckerMea
                                                                 const Tensor& grad_z) {
   const int64_t d = weight.size(0);
   if (!Launch::serves_backward(p, d)) return std::nullopt;
-  const Launch launch(p, d);
-  launch.backward_frame(launch.weight_columns(weight, std::nullopt), grad_g, grad_z);
+  const Launch launch(p, weight, std::nullopt);
+  launch.backward_frame(grad_g, grad_z);
   return launch.backward_weight(grad_g, bias_everywhere);
 }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "kernel.h"
 #include "op.h"
 
 namespace simplex {
@@ -38,7 +39,14 @@ struct PluckerFrames {
   std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
-PluckerFrames plucker_frames(const PluckerMean& p);
+// A kernel that finds the frames in its first programs, and has `count` more, for which `args` are.
+struct MorePrograms {
+  const Kernel* kernel = nullptr;
+  unsigned count = 0;
+  std::vector<Arg> args = {};
+};
+
+PluckerFrames plucker_frames(const PluckerMean& p, const MorePrograms& more = {});
 
 // What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
 // the CPU; plane after plane on CUDA, where matrix products take either.

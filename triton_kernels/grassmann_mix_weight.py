@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from triton_kernels.grassmann_mix import _wedge
+from triton_kernels.plucker_mean import FRAME_TILE, plucker_mean_frame
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
@@ -36,16 +37,29 @@ BIAS = tl.constexpr(384)  # the column of the bias
 
 
 @triton.jit
-def grassmann_mix_weight(
-    weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32", BLOCK: tl.constexpr
+def grassmann_mix_start(
+    valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
+    frame_ptr: "*fp32:16", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
+    has_valid: "i32", num_sequences: "i32", search_steps: "i32",
+    weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32",
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Row by row: [d, r (r - 1) / 2] and [d] to [d, 512]."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    plane, ok = _plane_of(column, r)
-    x = tl.load(weight_ptr + row * (r * (r - 1) // 2) + plane, mask=ok, other=0.0)
-    x = tl.where(column == BIAS, tl.load(bias_ptr + row, mask=has_bias != 0, other=0.0), x)
-    tl.store(columns_ptr + row * 512 + column, x)
+    """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    if tl.program_id(0) < num_blocks:
+        plucker_mean_frame(
+            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, z_ptr, seen_ptr, history, num_tokens,
+            length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T, AT_ONCE,
+        )  # fmt: skip
+    else:
+        row = (tl.program_id(0) - num_blocks).to(tl.int64)
+        column = tl.arange(0, 512)
+        plane, ok = _plane_of(column, r)
+        x = tl.load(weight_ptr + row * (r * (r - 1) // 2) + plane, mask=ok, other=0.0)
+        x = tl.where(column == BIAS, tl.load(bias_ptr + row, mask=has_bias != 0, other=0.0), x)
+        tl.store(columns_ptr + row * 512 + column, x)
 
 
 # Planes (i, j) as the rows of an operand, 64 tokens as its columns.
@@ -144,7 +158,8 @@ def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_ev
 @gluon.jit
 def _sum_tile(tokens, warpgroup, part_ptr, first_token, end_token, d, bias_everywhere):
     """A warpgroup: a tile of 64 planes."""
-    tile = gl.program_id(0) * 2 + warpgroup
+    # Tiles of planes inside blocks take longer: not two of them.
+    tile = gl.where(warpgroup == 0, gl.program_id(0), 7 - gl.program_id(0))
     part_ptr += gl.program_id(1).to(gl.int64) * 512 * d
     if tile < 6:
         a = (tile > 2).to(gl.int32) + (tile > 4).to(gl.int32)
@@ -181,24 +196,25 @@ def grassmann_mix_bwd_weight(
             (_load_tokens, (tokens, frame_desc, grad_g_desc, first_token, end_token)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )  # fmt: skip
 
 
 @triton.jit
 def grassmann_mix_bwd_weight_sum(
     part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the weight and of the bias, from partial sums [num_parts, 512, d]."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    at = part_ptr + column[:, None] * d + row[None, :]
     mask = (row < d)[None, :]
+    part = tl.arange(0, AT_ONCE)
+    at = part_ptr + (part[:, None, None] * 512 + column[None, :, None]) * d + row[None, None, :]
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
-    for _ in tl.range(0, num_parts, loop_unroll_factor=UNROLL):
-        sums += tl.load(at, mask=mask, other=0.0)
-        at += 512 * d
+    for first in range(0, num_parts, AT_ONCE):
+        sums += tl.sum(tl.load(at, mask=mask[None] & (first + part < num_parts)[:, None, None], other=0.0), 0)
+        at += AT_ONCE * 512 * d
     plane, ok = _plane_of(column, r)
     to = grad_weight_ptr + row.to(tl.int64)[None, :] * (r * (r - 1) // 2) + plane[:, None]
     sums = sums.to(grad_weight_ptr.dtype.element_ty)
@@ -210,8 +226,8 @@ VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, tile)
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
-        (grassmann_mix_weight, {"BLOCK": 512, "num_warps": 4}),
+        (grassmann_mix_start, {"HEAD_DIM": 32, **FRAME_TILE}),
         (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4}),
-        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 8, "BLOCK_D": 64, "UNROLL": 8, "num_warps": 4}),
+        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 8, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4}),
     )
 ]

@@ -275,10 +275,13 @@ def plucker_mean_bwd_token(
 
 
 # Measured for bf16 and r = 32 on an H100 (docs/grassmann.md); larger r have as many elements a thread.
+FRAME_TILE = {"BLOCK_T": 32, "AT_ONCE": 3, "num_warps": 4}
+
+
 def _tile(kernel, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_token:
-        return {"BLOCK_T": 512 // head_dim, "num_warps": 1}
-    return {"BLOCK_T": 1024 // head_dim, "num_warps": 4}
+        return {"BLOCK_T": 512 // head_dim, "AT_ONCE": 1, "num_warps": 1}
+    return {**FRAME_TILE, "BLOCK_T": 32 * FRAME_TILE["BLOCK_T"] // head_dim}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
