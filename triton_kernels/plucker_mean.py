@@ -51,8 +51,8 @@ def _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7):
     # No branch, nor in _is_valid: loads of several offsets are to be under way at a time.
     offset = tl.where(k == 0, o0, tl.where(k == 1, o1, tl.where(k == 2, o2, o3)))
     offset = tl.where(k < 4, offset, tl.where(k == 4, o4, tl.where(k == 5, o5, tl.where(k == 6, o6, o7))))
-    many = tl.load(offsets_ptr + k, mask=(num_offsets > 8) & (k < num_offsets), other=0)
-    return tl.where(num_offsets > 8, many, offset)
+    many = tl.load(offsets_ptr + k, mask=k < tl.where(num_offsets > 8, num_offsets, 0), other=0)
+    return tl.where(k < num_offsets, tl.where(num_offsets > 8, many, offset), 1 << 30)  # after the last: one that pairs nothing
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _sequence(cu_seqlens_ptr, token, mask, length, num_sequences, search_steps):
 
 @triton.jit
 def _is_valid(valid_ptr, token, mask, has_valid):
-    return mask & (tl.load(valid_ptr + token, mask=mask & (has_valid != 0), other=1) != 0)
+    return mask & (tl.load(valid_ptr + token, mask=mask & (token < has_valid * 2147483647), other=1) != 0)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def plucker_mean_frame(
         for i in tl.static_range(AT_ONCE):
             k = first_k + i
             offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset) & (k < num_offsets), has_valid)
+            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
             count += tl.where(pairs, 1.0, 0.0)
             rows += (_rows(z_ptr, token - offset, width, pairs, HEAD_DIM),)
         for i in tl.static_range(AT_ONCE):
@@ -243,7 +243,7 @@ def plucker_mean_bwd_token(
         for i in tl.static_range(AT_ONCE):
             k = first_k + i
             offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset) & (k < num_offsets), has_valid)
+            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
             earlier += (tl.load(frame_ptr + at - offset, mask=pairs[:, None] & row_ok, other=0.0),)
         for i in tl.static_range(AT_ONCE):
             cosine, factor, w = _angle(u, earlier[i], 1.0)
@@ -259,7 +259,7 @@ def plucker_mean_bwd_token(
         for i in tl.static_range(AT_ONCE):
             k = first_k + i
             offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token) & (k < num_offsets), has_valid)
+            pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
             mask = pairs[:, None] & row_ok
             v = tl.load(frame_ptr + at + offset, mask=mask, other=0.0)
             later += ((v, tl.load(turn_ptr + at + offset, mask=mask, other=0.0)),)
