@@ -12,7 +12,7 @@ def run(problem, head_dim, block, history):
     z = torch.nn.functional.pad(problem.inputs["z"], (0, -r % 8))
     batch, length, width = z.shape
     kept = [offset for offset in problem.offsets if offset < length]
-    few, offsets = dict.fromkeys((f"o{i}" for i in range(8)), -1), torch.zeros(8, dtype=torch.int32)
+    few, offsets = dict.fromkeys((f"o{i}" for i in range(8)), -1), z
     if len(kept) <= 8:
         few |= {f"o{i}": offset for i, offset in enumerate(kept)}
     else:
@@ -29,10 +29,10 @@ def run(problem, head_dim, block, history):
     stride = -(-outputs // 8) * 8
     frame, seen = nan(2 * width + 2, stride), nan(batch, length - history, dtype=z.dtype)
     pairs = few | dict(
-        valid_ptr=(z if valid is None else valid).to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
+        valid_ptr=z if valid is None else valid.to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
         offsets_ptr=offsets, frame_ptr=frame, num_tokens=outputs, length=length, width=width, stride=stride,
         num_offsets=len(kept), has_valid=int(valid is not None), num_sequences=sequences,
-        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block, AT_ONCE=2,
+        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block,
     )  # fmt: skip
     planes = dict(frame_ptr=frame, r=r, width=width, stride=stride, BLOCK_T=8, BLOCK_R=16)
     kernels.plucker_mean_frame[(-(-outputs // block),)](z_ptr=z, seen_ptr=seen, history=history, **pairs)

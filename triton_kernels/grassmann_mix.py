@@ -311,16 +311,12 @@ def _add_pair(sums, frame, grad, part_h, part_k, a, b):
 
 
 @gluon.jit
-def _start(weights, grad_g, stage, phase, more):
-    """Starts the product that is the gradient of pbar, of the columns of the next tile; of anything where there is none."""
+def _grad_pbar(weights, grad_g, stage, phase):
+    """The gradient of pbar, of the columns of the next tile."""
     mma: gl.constexpr = grad_g.type.layout.parent
-    mbarrier.wait(weights.full.index(stage), phase, pred=more)
     zero = gl.full([ROWS, 64], 0.0, gl.float32, mma)
-    return warpgroup_mma(grad_g, weights.tiles.index(stage), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _finish(weights, grad, stage, phase):
+    mbarrier.wait(weights.full.index(stage), phase)
+    grad = warpgroup_mma(grad_g, weights.tiles.index(stage), zero, use_acc=False, is_async=True)
     grad = warpgroup_mma_wait(0, deps=(grad,))
     mbarrier.arrive(weights.empty.index(stage))
     stage, phase = weights.advance(stage, phase)
@@ -343,27 +339,23 @@ def _turn(weights, memory, frames, full, warpgroup, turn_desc, first_token, BLOC
     none = gl.full([ROWS, 8, 4], 0.0, gl.float32, PARTS)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    # The product of the next tile runs beside the sums of this one.
-    grad, stage, phase = _finish(weights, _start(weights, grad_g, stage, phase, True), stage, phase)
     for a in range(3):
         part_h = none
         part_k = none
         for b in range(a + 1, 4):
-            next = _start(weights, grad_g, stage, phase, True)
+            grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
             part_h, part_k = _add_pair(sums, frame, grad, part_h, part_k, a, b)
-            grad, stage, phase = _finish(weights, next, stage, phase)
         _add(sums, a, _as_of_j(part_h))
         _add(sums, 4 + a, _as_of_j(part_k))
     i = gl.arange(0, 8, gl.SliceLayout(0, OF_I))[None, :, None]
     j = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, None, :]
     for a in range(0, 4, 2):
-        next = _start(weights, grad_g, stage, phase, a == 0)
+        grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
         for b in range(2):
             own = gl.where(b == 0, gl.where(j > i, grad, 0.0), gl.where(j < i, -grad, 0.0))
             part_h, part_k = _add_pair(sums, frame, own, none, none, a + b, a + b)
             _add(sums, a + b, _as_of_j(part_h))
             _add(sums, 4 + a + b, _as_of_j(part_k))
-        grad, stage, phase = _finish(weights, next, stage, phase)
     row = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, :]
     count = gl.sum(gl.where(row == 0, frame.index(8).permute((1, 0)).load(OF_J), 0.0), 1)[:, None]
     for block in range(8):

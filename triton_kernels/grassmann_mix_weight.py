@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from triton_kernels.grassmann_mix import _wedge
-from triton_kernels.plucker_mean import FRAME_TILE, plucker_mean_frame
+from triton_kernels.plucker_mean import plucker_mean_frame
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
@@ -44,14 +44,14 @@ def grassmann_mix_start(
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
             valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, z_ptr, seen_ptr, history, num_tokens,
-            length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T, AT_ONCE,
+            length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
         )  # fmt: skip
     else:
         row = (tl.program_id(0) - num_blocks).to(tl.int64)
@@ -89,17 +89,29 @@ class Tokens:
 
 
 @gluon.jit
+def _tile_of(group, warpgroup):
+    """0 and 6, 1 and 3, 2 and 4, 5 and 7: planes of three blocks at most, and one tile at most of those inside blocks, which
+    take longer."""
+    return gl.where(warpgroup == 0, gl.where(group == 3, 5, group), gl.where(group == 0, 6, gl.where(group == 3, 7, group + 2)))
+
+
+@gluon.jit
 def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
     """The helper."""
+    group = gl.program_id(0)
+    not_needed = gl.where(group == 3, 0, gl.where(group == 2, 2, 3))  # the fourth block
     stage = 0
     phase = 1
     for token in range(first_token, end_token, ROWS):
         mbarrier.wait(tokens.empty.index(stage), phase)
         full = tokens.full.index(stage)
-        mbarrier.expect(full, ROWS * (9 * 8 * 4 + tokens.grad_g.shape[2] * 2))
+        mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2))
         tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
-        for i in gl.static_range(9):
-            tma.async_load(frame_desc, [i * 8, token], full, tokens.frame.index(stage * 9 + i))
+        tma.async_load(frame_desc, [64, token], full, tokens.frame.index(stage * 9 + 8))
+        for i in gl.static_range(3):
+            block = i + (i >= not_needed).to(gl.int32)
+            tma.async_load(frame_desc, [block * 8, token], full, tokens.frame.index(stage * 9 + block))
+            tma.async_load(frame_desc, [32 + block * 8, token], full, tokens.frame.index(stage * 9 + 4 + block))
         stage, phase = tokens.advance(stage, phase)
 
 
@@ -158,8 +170,7 @@ def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_ev
 @gluon.jit
 def _sum_tile(tokens, warpgroup, part_ptr, first_token, end_token, d, bias_everywhere):
     """A warpgroup: a tile of 64 planes."""
-    # Tiles of planes inside blocks take longer: not two of them.
-    tile = gl.where(warpgroup == 0, gl.program_id(0), 7 - gl.program_id(0))
+    tile = _tile_of(gl.program_id(0), warpgroup)
     part_ptr += gl.program_id(1).to(gl.int64) * 512 * d
     if tile < 6:
         a = (tile > 2).to(gl.int32) + (tile > 4).to(gl.int32)
@@ -226,8 +237,8 @@ VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, tile)
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
-        (grassmann_mix_start, {"HEAD_DIM": 32, **FRAME_TILE}),
+        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4}),
         (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4}),
-        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 8, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4}),
+        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 4, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4}),
     )
 ]

@@ -48,11 +48,11 @@ def plucker_mean_offsets(
 
 @triton.jit
 def _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7):
-    # No branch, nor in _is_valid: loads of several offsets are to be under way at a time.
     offset = tl.where(k == 0, o0, tl.where(k == 1, o1, tl.where(k == 2, o2, o3)))
     offset = tl.where(k < 4, offset, tl.where(k == 4, o4, tl.where(k == 5, o5, tl.where(k == 6, o6, o7))))
-    many = tl.load(offsets_ptr + k, mask=k < tl.where(num_offsets > 8, num_offsets, 0), other=0)
-    return tl.where(k < num_offsets, tl.where(num_offsets > 8, many, offset), 1 << 30)  # after the last: one that pairs nothing
+    if num_offsets > 8:
+        offset = tl.load(offsets_ptr + k)
+    return offset
 
 
 @triton.jit
@@ -122,7 +122,9 @@ def _sequence(cu_seqlens_ptr, token, mask, length, num_sequences, search_steps):
 
 @triton.jit
 def _is_valid(valid_ptr, token, mask, has_valid):
-    return mask & (tl.load(valid_ptr + token, mask=mask & (token < has_valid * 2147483647), other=1) != 0)
+    if has_valid != 0:
+        mask = mask & (tl.load(valid_ptr + token, mask=mask, other=0) != 0)
+    return mask
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def plucker_mean_frame(
     frame_ptr: "*fp32:16", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The frames of all tokens but the first `history` of each row, and 1 where a token is paired, 0 elsewhere."""
     output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -144,18 +146,13 @@ def plucker_mean_frame(
     first, _end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
     mean = tl.zeros_like(u)
     count = tl.zeros_like(own_norm)
-    for first_k in range(0, num_offsets, AT_ONCE):
-        rows = ()
-        for i in tl.static_range(AT_ONCE):
-            k = first_k + i
-            offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
-            count += tl.where(pairs, 1.0, 0.0)
-            rows += (_rows(z_ptr, token - offset, width, pairs, HEAD_DIM),)
-        for i in tl.static_range(AT_ONCE):
-            v, _largest, norm = _scale(rows[i])
-            _cosine, factor, w = _angle(u, v, norm)
-            mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
+    for k in range(0, num_offsets):
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
+        v, _largest, norm = _scale(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
+        _cosine, factor, w = _angle(u, v, norm)
+        mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
+        count += tl.where(pairs, 1.0, 0.0)
     mean = mean / tl.maximum(count, 1.0)[:, None]
     inverse = tl.where(own_norm == 0, 0.0, 1.0 / (tl.where(own_norm == 0, 1.0, own_norm) * largest))
     mask = token_ok[:, None] & (tl.arange(0, HEAD_DIM) < width)[None, :]
@@ -223,7 +220,7 @@ def plucker_mean_bwd_token(
     frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """dz: what a token's own mean tells it, and what the later tokens of its pairs do.
 
@@ -238,36 +235,27 @@ def plucker_mean_bwd_token(
     u, h = tl.load(frame_ptr + at, mask=mask, other=0.0), tl.load(turn_ptr + at, mask=mask, other=0.0)
     grad = tl.load(turn_ptr + _columns(width, token, stride, HEAD_DIM), mask=mask, other=0.0)
     of_u, of_h = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
-    for first_k in range(0, num_offsets, AT_ONCE):
-        earlier = ()
-        for i in tl.static_range(AT_ONCE):
-            k = first_k + i
-            offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
-            earlier += (tl.load(frame_ptr + at - offset, mask=pairs[:, None] & row_ok, other=0.0),)
-        for i in tl.static_range(AT_ONCE):
-            cosine, factor, w = _angle(u, earlier[i], 1.0)
-            # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
-            beta = tl.sum(w * h, 1) * factor
-            cot = cosine * factor
-            of_u += beta
-            of_h += cot
-            grad = tl.fma(-(cot * beta * factor)[:, None], w, grad)
+    for k in range(0, num_offsets):
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
+        v = tl.load(frame_ptr + at - offset, mask=pairs[:, None] & row_ok, other=0.0)
+        cosine, factor, w = _angle(u, v, 1.0)
+        # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
+        beta = tl.sum(w * h, 1) * factor
+        cot = cosine * factor
+        of_u += beta
+        of_h += cot
+        grad = tl.fma(-(cot * beta * factor)[:, None], w, grad)
     grad = tl.fma(of_u[:, None], u, tl.fma(of_h[:, None], h, grad))
-    for first_k in range(0, num_offsets, AT_ONCE):
-        later = ()
-        for i in tl.static_range(AT_ONCE):
-            k = first_k + i
-            offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
-            mask = pairs[:, None] & row_ok
-            v = tl.load(frame_ptr + at + offset, mask=mask, other=0.0)
-            later += ((v, tl.load(turn_ptr + at + offset, mask=mask, other=0.0)),)
-        for i in tl.static_range(AT_ONCE):
-            v, share = later[i]
-            _cosine, factor, w = _angle(v, u, 1.0)
-            beta = tl.sum(w * share, 1) * factor
-            grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
+    for k in range(0, num_offsets):
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        pairs = _is_valid(valid_ptr, token + offset, active & (offset < end - token), has_valid)
+        mask = pairs[:, None] & row_ok
+        v = tl.load(frame_ptr + at + offset, mask=mask, other=0.0)
+        share = tl.load(turn_ptr + at + offset, mask=mask, other=0.0)
+        _cosine, factor, w = _angle(v, u, 1.0)
+        beta = tl.sum(w * share, 1) * factor
+        grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
     inverse = tl.load(frame_ptr + (2 * width + 1).to(tl.int64) * stride + token, mask=token_ok, other=0.0)[:, None]
     grad = tl.where(inverse == 0, 0.0, grad * inverse)
     to = grad_z_ptr + token.to(tl.int64)[:, None] * grad_stride + tl.arange(0, HEAD_DIM)[None, :]
@@ -275,13 +263,10 @@ def plucker_mean_bwd_token(
 
 
 # Measured for bf16 and r = 32 on an H100 (docs/grassmann.md); larger r have as many elements a thread.
-FRAME_TILE = {"BLOCK_T": 32, "AT_ONCE": 3, "num_warps": 4}
-
-
 def _tile(kernel, head_dim: int) -> dict[str, int]:
     if kernel is plucker_mean_bwd_token:
-        return {"BLOCK_T": 512 // head_dim, "AT_ONCE": 1, "num_warps": 1}
-    return {**FRAME_TILE, "BLOCK_T": 32 * FRAME_TILE["BLOCK_T"] // head_dim}
+        return {"BLOCK_T": 512 // head_dim, "num_warps": 1}
+    return {"BLOCK_T": 1024 // head_dim, "num_warps": 4}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
