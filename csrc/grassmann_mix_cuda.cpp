@@ -52,16 +52,11 @@ class Launch {
   }
 
   void forward(const Tensor& g, bool bias_everywhere) const {
-    // As many programs as run at a time: each keeps its rows of the weight and takes tokens in turns.
-    const auto grid = [&](const Kernel& kernel) {
-      const int64_t parts = blocks(d_, kernel["BLOCK_N"]);
-      return Grid{std::min(blocks(p_.outputs(), 2 * kTile), std::max<int64_t>(kProcessors / parts, 1)), parts};
-    };
-    run(kForward, grid,
+    run(kForward,
+        [&](const Kernel& kernel) { return Grid{blocks(p_.outputs(), 2 * kTile), blocks(d_, kernel["BLOCK_N"])}; },
         {{"frame_desc", of_tokens(*frames_.frame)},
          {"weight_desc", matrix(columns_)},
          {"g_desc", matrix(g)},
-         {"num_tokens", static_cast<int32_t>(p_.outputs())},
          {"bias_everywhere", static_cast<int32_t>(bias_everywhere)}});
   }
 

@@ -109,10 +109,10 @@ def _wedge(a, b, x, y):
 
 
 @gluon.jit
-def _planes(frame, first, last, tile: gl.constexpr, bias_everywhere):
-    """pbar of the columns of a tile, from the boxes of a frame, from `first` on, and the last one."""
-    A = first + _blocks(tile)[0]
-    B = first + _blocks(tile)[1]
+def _planes(frame, tile: gl.constexpr, bias_everywhere):
+    """pbar of the columns of a tile."""
+    A: gl.constexpr = _blocks(tile)[0]
+    B: gl.constexpr = _blocks(tile)[1]
     u_i, y_i = _coordinates(frame, A, OF_I)
     u_j, y_j = _coordinates(frame, B, OF_J)
     if tile < 6:
@@ -125,7 +125,7 @@ def _planes(frame, first, last, tile: gl.constexpr, bias_everywhere):
         pbar = gl.where(j > i, _wedge(u_i, y_i, of_a_y, of_a_u), _wedge(of_b_y, of_b_u, u_j, y_j))
         if tile == 6:
             # Row 0 of the last box is N: it lies in the threads of j = 0, where it is wanted.
-            count = gl.expand_dims(last.permute((1, 0)).load(OF_J), 1)
+            count = gl.expand_dims(frame.index(8).permute((1, 0)).load(OF_J), 1)
             seen = gl.where((count > 0) | (bias_everywhere != 0), 1.0, 0.0)
             pbar = gl.where((i == 0) & (j == 0), seen, pbar)
         return pbar
@@ -134,110 +134,8 @@ def _planes(frame, first, last, tile: gl.constexpr, bias_everywhere):
 @gluon.jit
 def _boxes(memory):
     """The same memory, by 8 coordinates of 64 tokens."""
-    BOXES: gl.constexpr = memory.shape[0] * memory.shape[2] // 16
+    BOXES: gl.constexpr = memory.shape[2] // 8
     return memory.reinterpret(gl.float32, [BOXES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
-
-
-@aggregate
-class Mixing:
-    """The weight, which stays, and the frames of tokens that come and go."""
-
-    weight: gl.shared_memory_descriptor  # [8, BLOCK_N, 64]
-    weight_full: gl.shared_memory_descriptor  # [8] barriers
-    memory: gl.shared_memory_descriptor  # [2 stages of 2 warpgroups, 64, BLOCK_N]: u and Y, then g
-    last: gl.shared_memory_descriptor  # [the same, 8, 64]: the two rows after them
-    full: gl.shared_memory_descriptor  # [stages] barriers
-    empty: gl.shared_memory_descriptor
-
-    advance = _advance
-
-
-@gluon.jit
-def _load_mixing(mixing, frame_desc, weight_desc, first_row, first_token, step, num_tokens):
-    """The helper."""
-    stage = 0
-    phase = 1
-    for token in range(first_token, num_tokens, step):
-        mbarrier.wait(mixing.empty.index(stage), phase)
-        full = mixing.full.index(stage)
-        mbarrier.expect(full, 2 * 9 * 8 * ROWS * 4)
-        for i in gl.static_range(2):
-            for block in gl.static_range(8):
-                to = _boxes(mixing.memory).index(8 * (2 * stage + i) + block)
-                tma.async_load(frame_desc, [8 * block, token + i * ROWS], full, to)
-            tma.async_load(frame_desc, [64, token + i * ROWS], full, mixing.last.index(2 * stage + i))
-        if token == first_token:
-            for tile in range(TILES):
-                mbarrier.expect(mixing.weight_full.index(tile), mixing.weight.shape[1] * 128)
-                tma.async_load(weight_desc, [first_row, tile * 64], mixing.weight_full.index(tile), mixing.weight.index(tile))
-        stage, phase = mixing.advance(stage, phase)
-
-
-@gluon.jit
-def _mix(mixing, warpgroup, g_desc, first_row, first_token, step, num_tokens, bias_everywhere):
-    """A warpgroup: 64 tokens at a time."""
-    BLOCK_N: gl.constexpr = mixing.weight.shape[1]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    dtype: gl.constexpr = mixing.weight.dtype
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    for token in range(first_token, num_tokens, step):
-        place = 2 * stage + warpgroup
-        mbarrier.wait(mixing.full.index(stage), phase)
-        g = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, mma)
-        for tile in gl.static_range(TILES):
-            pbar = _planes(_boxes(mixing.memory), 8 * place, mixing.last.index(place), tile, bias_everywhere).reshape([ROWS, 64]).to(dtype)
-            pbar = gl.convert_layout(pbar, operand, assert_trivial=True)
-            mbarrier.wait(mixing.weight_full.index(tile), 0)
-            g = warpgroup_mma(pbar, mixing.weight.index(tile).permute((1, 0)), g, use_acc=tile > 0, is_async=True)
-            if tile > 0:
-                g, pbar = warpgroup_mma_wait(1, deps=(g, pbar))
-        g = warpgroup_mma_wait(0, deps=(g,))
-        gl.barrier()  # all warps are done with the frames
-        staging = mixing.memory.index(place)
-        staging.store(g.to(dtype))
-        fence_async_shared()
-        gl.barrier()
-        tma.async_store(g_desc, [token + warpgroup * ROWS, first_row], staging)
-        tma.store_wait(0)
-        mbarrier.arrive(mixing.empty.index(stage))
-        stage, phase = mixing.advance(stage, phase)
-
-
-@gluon.jit
-def grassmann_mix_fwd(
-    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>", g_desc: "tensordesc<dtype[64,BLOCK_N]>",
-    num_tokens: "i32", bias_everywhere: "i32", BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """g of BLOCK_N rows of the weight, 128 tokens at a time."""
-    dtype: gl.constexpr = weight_desc.dtype
-    mixing = Mixing(
-        gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, 64], gl.NVMMASharedLayout.get_default_for([BLOCK_N, 64], dtype)),
-        mbarrier.allocate_mbarrier(batch=8),
-        gl.allocate_shared_memory(dtype, [4, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype)),
-        gl.allocate_shared_memory(gl.float32, [4, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32)),
-        mbarrier.allocate_mbarrier(batch=2),
-        mbarrier.allocate_mbarrier(batch=2),
-    )
-    for i in gl.static_range(TILES):
-        mbarrier.init(mixing.weight_full.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(mixing.full.index(i), count=1)
-        mbarrier.init(mixing.empty.index(i), count=2)
-    fence_async_shared()
-    first_token = gl.program_id(0) * 2 * ROWS
-    step = gl.num_programs(0) * 2 * ROWS
-    first_row = gl.program_id(1) * BLOCK_N
-    gl.warp_specialize(
-        [
-            (_mix, (mixing, 0, g_desc, first_row, first_token, step, num_tokens, bias_everywhere)),
-            (_mix, (mixing, 1, g_desc, first_row, first_token, step, num_tokens, bias_everywhere)),
-            (_load_mixing, (mixing, frame_desc, weight_desc, first_row, first_token, step, num_tokens)),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -247,6 +145,61 @@ def _load_frames(frame_desc, first_token, full, boxes, PER_WARPGROUP: gl.constex
     for i in gl.static_range(2):
         for block in gl.static_range(9):
             tma.async_load(frame_desc, [8 * block, first_token + i * ROWS], full, boxes.index(i * PER_WARPGROUP + block))
+
+
+@gluon.jit
+def _mix(weights, memory, frame_full, warpgroup, g_desc, first_token, first_row, bias_everywhere,
+         BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A warpgroup: 64 tokens."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    dtype: gl.constexpr = weights.tiles.dtype
+    frame = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 9)
+    mbarrier.wait(frame_full, 0)
+    g = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, mma)
+    for tile in gl.static_range(TILES):
+        pbar = gl.convert_layout(_planes(frame, tile, bias_everywhere).reshape([ROWS, 64]).to(dtype), operand, assert_trivial=True)
+        mbarrier.wait(weights.full.index(tile % STAGES), tile // STAGES % 2)
+        g = warpgroup_mma(pbar, weights.tiles.index(tile % STAGES).permute((1, 0)), g, use_acc=tile > 0, is_async=True)
+        if tile > 0:
+            g, pbar = warpgroup_mma_wait(1, deps=(g, pbar))
+            mbarrier.arrive(weights.empty.index((tile - 1) % STAGES))
+    g = warpgroup_mma_wait(0, deps=(g,))
+    gl.barrier()  # all warps are done with the frame
+    staging = memory.index(warpgroup)
+    staging.store(g.to(dtype))
+    fence_async_shared()
+    gl.barrier()
+    tma.async_store(g_desc, [first_token + warpgroup * ROWS, first_row], staging)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def grassmann_mix_fwd(
+    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
+    g_desc: "tensordesc<dtype[64,BLOCK_N]>", bias_everywhere: "i32",
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """g of 128 tokens and BLOCK_N rows of the weight."""
+    dtype: gl.constexpr = weight_desc.dtype
+    first_token = gl.program_id(0) * 2 * ROWS
+    first_row = gl.program_id(1) * BLOCK_N
+    weights = _new_weights(dtype, STAGES, BLOCK_N)
+    # A warpgroup's frame, then its g.
+    memory = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype))
+    frame_full = mbarrier.allocate_mbarrier()
+    mbarrier.init(frame_full, count=1)
+    fence_async_shared()
+    _load_frames(frame_desc, first_token, frame_full, _boxes(memory), BLOCK_N // 16)
+    gl.warp_specialize(
+        [
+            (_mix, (weights, memory, frame_full, 0, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
+            (_mix, (weights, memory, frame_full, 1, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
+            (_load_weights, (weights, weight_desc, first_row)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -401,9 +354,8 @@ def grassmann_mix_bwd_frame(
 
 
 VARIANTS = [
-    Variant(kernel, "sm90a", {"dtype": dtype}, {**tile, "num_warps": 4})
-    for dtype, (kernel, tile) in itertools.product(
-        ("bf16", "fp16"),
-        ((grassmann_mix_fwd, {"BLOCK_N": 128}), (grassmann_mix_bwd_frame, {"BLOCK_N": 256, "STAGES": 3})),
+    Variant(kernel, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": stages, "num_warps": 4})
+    for dtype, (kernel, stages) in itertools.product(
+        ("bf16", "fp16"), {grassmann_mix_fwd: 5, grassmann_mix_bwd_frame: 3}.items()
     )
 ]
