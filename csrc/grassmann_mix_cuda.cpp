@@ -138,8 +138,9 @@ std::optional<std::pair<Tensor, Tensor>> gradients_in_registers(const PluckerMea
   const int64_t d = weight.size(0);
   if (!Launch::serves_backward(p, d)) return std::nullopt;
   const Launch launch(p, weight, std::nullopt);
+  auto gradients = launch.backward_weight(grad_g, bias_everywhere);
   launch.backward_frame(grad_g, grad_z);
-  return launch.backward_weight(grad_g, bias_everywhere);
+  return gradients;
 }
 
 }  // namespace simplex

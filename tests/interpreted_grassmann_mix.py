@@ -4,6 +4,8 @@ import torch
 
 from triton_kernels import grassmann_mix_weight as kernels
 
+kernels.gdc_wait = lambda: None  # one kernel at a time here
+
 
 def run_case(r, d):
     """{output: error}: the weight and the bias, put in the order of the tiles, and two parts of them summed in theirs."""

@@ -6,6 +6,8 @@ of another block: j > i of the former, j < i of the latter. A thread of a warpgr
 the operand and in the sums of wgmma alike: it needs the frames' coordinates j as they lie in its registers anyway and those
 of i from shared memory, four threads the same. Of the 16 columns j = i that are left one has the bias as its weight, and as
 its pbar 1 where the token is paired and 0 elsewhere; the others have 0.
+
+These kernels start while the one before still runs (launch_pdl), and may touch no memory before gdc_wait.
 """
 
 import itertools
@@ -20,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_wait
 
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
@@ -190,6 +193,7 @@ def grassmann_mix_fwd(
     frame_full = mbarrier.allocate_mbarrier()
     mbarrier.init(frame_full, count=1)
     fence_async_shared()
+    gdc_wait()
     _load_frames(frame_desc, first_token, frame_full, _boxes(memory), BLOCK_N // 16)
     gl.warp_specialize(
         [
@@ -338,6 +342,7 @@ def grassmann_mix_bwd_frame(
     mbarrier.init(full.index(0), count=1)
     mbarrier.init(full.index(1), count=1)
     fence_async_shared()
+    gdc_wait()
     mbarrier.expect(full.index(0), 2 * ROWS * BLOCK_N * 2)
     for i in gl.static_range(2):
         tma.async_load(grad_g_desc, [first_token + i * ROWS, 0], full.index(0), memory.index(i))
@@ -354,7 +359,7 @@ def grassmann_mix_bwd_frame(
 
 
 VARIANTS = [
-    Variant(kernel, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": stages, "num_warps": 4})
+    Variant(kernel, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": stages, "num_warps": 4, "launch_pdl": True})
     for dtype, (kernel, stages) in itertools.product(
         ("bf16", "fp16"), {grassmann_mix_fwd: 5, grassmann_mix_bwd_frame: 3}.items()
     )

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_wait
 
 from triton_kernels.grassmann_mix import _wedge
 from triton_kernels.plucker_mean import plucker_mean_frame
@@ -47,6 +48,7 @@ def grassmann_mix_start(
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
+    gdc_wait()
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
@@ -200,6 +202,7 @@ def grassmann_mix_bwd_weight(
         mbarrier.init(tokens.full.index(i), count=1)
         mbarrier.init(tokens.empty.index(i), count=2)
     fence_async_shared()
+    gdc_wait()
     gl.warp_specialize(
         [
             (_sum_tile, (tokens, 0, part_ptr, first_token, end_token, d, bias_everywhere)),
@@ -217,6 +220,7 @@ def grassmann_mix_bwd_weight_sum(
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the weight and of the bias, from partial sums [num_parts, 512, d]."""
+    gdc_wait()
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (row < d)[None, :]
@@ -237,8 +241,8 @@ VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, tile)
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
-        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4}),
-        (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4}),
-        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 4, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4}),
+        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4, "launch_pdl": True}),
+        (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True}),
+        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 4, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4, "launch_pdl": True}),
     )
 ]
