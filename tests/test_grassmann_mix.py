@@ -362,4 +362,4 @@ def test_pbar_in_registers(r, d):
             options = {"bias_everywhere": bias_everywhere}
             case = dict(r=r, d=d, dtype=dtype, masked=masked, packed=packed, options=options, device="cuda")
             check(op, draw(batch=2, length=333, kind="degenerate", **case))
-    check(op, draw(batch=40, length=1111, r=r, d=d, dtype=torch.bfloat16, device="cuda"))
+    check(op, draw(batch=3, length=1111, r=r, d=d, dtype=torch.bfloat16, device="cuda"))
