@@ -42,6 +42,9 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
              bool bias_everywhere) {
   const int64_t length = p.L - p.history, d = weight.size(0);
   if (p.outputs() * d == 0) return empty_like_device(p.z, {p.B, length, d}, p.dtype);
+  if (const auto g = mixed_in_registers(p, weight, bias, bias_everywhere)) {
+    return reinterpreted(*g, {p.B, length, d}, {length * d, d, 1});
+  }
   const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p));
   const Tensor rows = linear(pbar, weight, bias);
   const Tensor g = reinterpreted(rows, {p.B, length, d}, {length * d, d, 1});
@@ -65,12 +68,13 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
 std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight,
                                         bool bias_everywhere, const Tensor& grad_z) {
   const int64_t d = weight.size(0);
+  const Tensor grad = flat(grad_g, p.tokens());
+  if (auto gradients = gradients_in_registers(p, grad, weight, bias_everywhere, grad_z)) return *gradients;
   Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
   Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
   const PluckerFrames frames = plucker_frames(p);
   auto [pbar, seen] = plucker_mean_forward(p, frames);
   if (bias_everywhere) torch::stable::fill_(seen, 1.0);
-  const Tensor grad = flat(grad_g, p.tokens());
   multiply(transposed(grad), pbar, grad_weight);
   multiply(transposed(grad), seen, reinterpreted(grad_bias, {d, 1}, {1, 1}));
   multiply(grad, weight, pbar);  // no longer needed: its buffer takes its gradient

@@ -28,4 +28,12 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
 std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad_g, const Tensor& weight,
                                         bool bias_everywhere, const Tensor& grad_z);
 
+// The same two where kernels make pbar in registers (on Hopper, for some r, d and dtypes); nothing elsewhere. g and
+// grad_g are matrices [tokens, d].
+std::optional<Tensor> mixed_in_registers(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias,
+                                         bool bias_everywhere);
+std::optional<std::pair<Tensor, Tensor>> gradients_in_registers(const PluckerMean& p, const Tensor& grad_g,
+                                                                const Tensor& weight, bool bias_everywhere,
+                                                                const Tensor& grad_z);
+
 }  // namespace simplex

@@ -86,9 +86,11 @@ class Launch {
     STD_TORCH_CHECK(p.tokens() < int64_t{1} << 29, "plucker_mean: ", p.tokens(), " tokens exceed a CUDA grid");
   }
 
-  // A kernel that pairs tokens.
-  void pairs(const KernelFamily& family, const PluckerFrames& frames, std::initializer_list<Arg> own) const {
-    const Kernel& kernel = family.find(device_, {dtype_, head_dim()});
+  const Kernel& of_head_dim(const KernelFamily& family) const { return family.find(device_, {dtype_, head_dim()}); }
+
+  // A kernel that pairs tokens. `more`: what further programs of it do.
+  void pairs(const Kernel& kernel, const PluckerFrames& frames, std::initializer_list<Arg> own,
+             const MorePrograms& more = {}) const {
     int32_t o[kFewOffsets] = {};
     if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
     std::vector<Arg> args = {{"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
@@ -105,7 +107,8 @@ class Launch {
                              {"has_valid", as_i32(p_.valid.has_value())},
                              {"num_sequences", as_i32(p_.sequences())},
                              {"search_steps", search_steps()}});
-    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]), 1, 1};
+    args.insert(args.end(), more.args.begin(), more.args.end());
+    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]) + more.count, 1, 1};
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
 
@@ -184,11 +187,20 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
   const int64_t width = padded(p.r);
   const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
   launch.backward(frames, grad_pbar, turn);
+  plucker_mean_backward_token(p, frames, turn, grad_z);
+}
+
+}  // namespace
+
+void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
+                                 const Tensor& grad_z) {
+  const Launch launch(p);
+  const int64_t width = padded(p.r);
   // The kernel writes 16 bytes at a time.
   const bool direct =
       width == p.r && grad_z.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
   const Tensor rows = direct ? grad_z : empty_like_device(p.z, {p.tokens(), width}, p.dtype);
-  launch.pairs(kBackwardToken, frames,
+  launch.pairs(launch.of_head_dim(kBackwardToken), frames,
                {{"turn_ptr", turn.const_data_ptr()},
                 {"grad_z_ptr", rows.const_data_ptr()},
                 {"grad_stride", as_i32(rows.stride(0))}});
@@ -196,19 +208,18 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
   if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
 
-}  // namespace
-
-PluckerFrames plucker_frames(const PluckerMean& p) {
+PluckerFrames plucker_frames(const PluckerMean& p, const MorePrograms& more) {
   if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};
   const Launch launch(p);
   PluckerFrames frames{padded_rows(p), {}, {}, {}};
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
   frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, padded(p.outputs())}, ScalarType::Float);
   frames.seen = empty_like_device(p.z, {p.outputs(), 1}, p.dtype);
-  launch.pairs(kFrame, frames,
+  launch.pairs(more.kernel ? *more.kernel : launch.of_head_dim(kFrame), frames,
                {{"z_ptr", frames.z.const_data_ptr()},
                 {"seen_ptr", frames.seen->const_data_ptr()},
-                {"history", as_i32(p.history)}});
+                {"history", as_i32(p.history)}},
+               more);
   return frames;
 }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "kernel.h"
 #include "op.h"
 
 namespace simplex {
@@ -38,7 +39,14 @@ struct PluckerFrames {
   std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
-PluckerFrames plucker_frames(const PluckerMean& p);
+// A kernel that finds the frames in its first programs, and has `count` more, for which `args` are.
+struct MorePrograms {
+  const Kernel* kernel = nullptr;
+  unsigned count = 0;
+  std::vector<Arg> args = {};
+};
+
+PluckerFrames plucker_frames(const PluckerMean& p, const MorePrograms& more = {});
 
 // What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
 // the CPU; plane after plane on CUDA, where matrix products take either.
@@ -53,6 +61,9 @@ MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& fram
 // grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
+// The second half of it on CUDA, from `turn`, fp32 [2 width, stride] (triton_kernels/plucker_mean.py says what it is).
+void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
+                                 const Tensor& grad_z);
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);

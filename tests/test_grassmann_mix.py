@@ -1,5 +1,6 @@
 """grassmann_mix: accuracy by the 2x rule against the naive form, its promises, its errors, and the op inside torch."""
 
+import itertools
 import re
 from contextlib import nullcontext
 
@@ -111,11 +112,11 @@ def test_properties(device):
 
 
 def test_causality(device):
-    for dtype in DTYPES[device]:
-        problem = draw(length=70, r=16, dtype=dtype, device=device)
+    for dtype, r in itertools.product(DTYPES[device], (16, 32)):
+        problem = draw(length=70, r=r, d=8, dtype=dtype, device=device)
         z, weight, bias = problem.inputs.values()
         before = op(z, weight, bias, PAPER_OFFSETS)
-        z[:, 41:] = torch.randn(2, 29, 16).to(z)
+        z[:, 41:] = torch.randn(2, 29, r).to(z)
         after = op(z, weight, bias, PAPER_OFFSETS)
         assert_same_bits(after[:, :41], before[:, :41])
         assert (after != before)[:, 41:].any(-1).all()
@@ -343,3 +344,22 @@ def test_reference_is_the_equation():
     z = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]], dtype=torch.float64)
     minors = torch.tensor([4 * 2 - 5 * 1, 4 * 3 - 6 * 1, 5 * 3 - 6 * 2], dtype=torch.float64)
     torch.testing.assert_close(reference.plucker_mean(z, [1])[0, 1], minors / minors.norm())
+
+
+@pytest.mark.parametrize(("r", "d"), [(32, 8), (27, 24)])
+def test_order_of_the_columns(r, d, interpreter):
+    """Of the weight on Hopper: each plane once, the bias, and back from them."""
+    for output, error in interpreter("interpreted_grassmann_mix", dict(r=r, d=d)).items():
+        assert error < 1e-6, f"{output}: {error:.1e}"  # NaN fails too
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("r", "d"), [(32, 256), (25, 136), (32, 264)])
+def test_pbar_in_registers(r, d):
+    """On Hopper: columns of several programs, more than the backward pass takes, tokens by turns, padded r."""
+    for dtype, (masked, packed) in itertools.product((torch.bfloat16, torch.float16), ((False, False), (True, True))):
+        for bias_everywhere in (False, True):
+            options = {"bias_everywhere": bias_everywhere}
+            case = dict(r=r, d=d, dtype=dtype, masked=masked, packed=packed, options=options, device="cuda")
+            check(op, draw(batch=2, length=333, kind="degenerate", **case))
+    check(op, draw(batch=3, length=1111, r=r, d=d, dtype=torch.bfloat16, device="cuda"))

@@ -86,7 +86,7 @@ def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
     source_type = GluonASTSource if isinstance(variant.function, GluonJITFunction) else ASTSource
     source = source_type(variant.function, signature={n: signature[n] for n in names}, constexprs=constants, attrs=attrs)
     # No multiply-add is fused unless a kernel says tl.fma: a sum over lanes must not depend on which factor a lane holds.
-    launch_options = {k: v for k, v in variant.tile.items() if k in ("num_warps", "num_stages")}
+    launch_options = {k: v for k, v in variant.tile.items() if k in ("num_warps", "num_stages", "launch_pdl")}
     compiled = triton.compile(
         source, target=GPUTarget("cuda", variant.capability, 32), options={"enable_fp_fusion": False, **launch_options}
     )
@@ -152,7 +152,7 @@ def kernels_cpp(rows: list[dict[str, Any]]) -> str:
         declared.append(f'extern const unsigned char simplex_cubin_{i}[] __attribute__((visibility("hidden")));')
         name = row["name"]
         blobs.append(f'    ".balign 64\\nsimplex_cubin_{i}:\\n.incbin \\"{name}.cubin\\"\\n"')
-        tile = {k: v for k, v in row["tile"].items() if k not in ("num_warps", "num_stages")}
+        tile = {k: v for k, v in row["tile"].items() if k not in ("num_warps", "num_stages", "launch_pdl")}
         params = [
             f'{{"{name}", ParamType::{"Pointer" if t[0] == "*" else PARAM_TYPES.get(t, "TensorMap")}, {by}}}'
             for name, t, by in row["parameters"]

@@ -18,7 +18,7 @@ class Variant:
     """A Triton function with every constant chosen.
 
     `key` is what the host selects by (dtype, HEAD_DIM, ...); `tile` is what was measured for this arch: the other
-    constexprs of the function, and Triton's num_warps and num_stages. The host reads both back by name.
+    constexprs of the function, and Triton's num_warps, num_stages and launch_pdl. The host reads both back by name.
     """
 
     function: Any  # triton.JITFunction or gluon's
@@ -41,7 +41,7 @@ class Variant:
 
     def constants(self) -> dict[str, int]:
         """Constexpr arguments of the function: key and tile less what is a launch option or a type."""
-        return {k: v for k, v in (self.key | self.tile).items() if k not in ("dtype", "num_warps", "num_stages")}
+        return {k: v for k, v in (self.key | self.tile).items() if k not in ("dtype", "num_warps", "num_stages", "launch_pdl")}
 
     def parameters(self) -> list[tuple[str, str, int]]:
         """(name, Triton type, divisibility) of each run-time argument, from annotations like `"*dtype:16"`.
