@@ -64,6 +64,14 @@ def plucker_mean(key: dict, small: bool) -> Workload:
     )
 
 
+def grassmann_mix(key: dict, small: bool) -> Workload:
+    r, dim = 32, 256
+    sizes = [((2, 50) if small else (32, 512)) + (r,), (dim, r * (r - 1) // 2), (dim,)]
+    inputs = [normal(dtype_of(key), *s) for s in sizes]
+    options = dict(offsets=OFFSETS)
+    return partial(simplex_ops.grassmann_mix, **options), partial(reference.grassmann_mix, **options), inputs
+
+
 def grassmann_layer(key: dict, small: bool) -> Workload:
     r, dim = 32, 256
     sizes = [(r, dim), (r,), (dim, r * (r - 1) // 2), (dim,), (dim, dim), (dim, dim), (dim,)]
@@ -137,6 +145,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "plucker_mean": plucker_mean,
     "grassmann_blend": grassmann_blend,
     "grassmann_layer": grassmann_layer,
+    "grassmann_mix": grassmann_mix,
     "surprise_gate": surprise_gate,
     "causal_route_logits": causal_route_logits,
     "route_kv_append": route_kv_append,
