@@ -115,7 +115,10 @@ def test_programs_that_take_several_short_keys(batch, n_k, ratio, w):
 def test_tiles_of_few_steps(w):
     """One left-over long key with two tiles of short keys and more: both warpgroups must be done with a tile before its place is
     written again."""
-    problem = draw(batch=1, n_k=256, ratio=64, dim=128, w1=w[0], w2=w[1], dtype=torch.bfloat16, device="cuda")
+    case = dict(batch=1, ratio=64, dim=128, w1=w[0], w2=w[1], dtype=torch.bfloat16, device="cuda")
+    if w[0] <= 64:  # the truth of more takes GBs
+        check(op, draw(n_k=300, **case))  # wrong gradients may repeat
+    problem = draw(n_k=256, **case)
     first = evaluate(op, problem)
     for _ in range(20):
         for name, x in evaluate(op, problem).items():
