@@ -27,22 +27,29 @@ from triton_kernels.scaled_tiles import (
     LOG2E,
     ROWS,
     _as_pairs,
+    _columns,
     _lse_and_delta,
     _multiply_pairs,
     _new_ring,
-    _opaque,
     _pairs,
     _row_ptrs,
-    _score_gradients,
     _sees_one_pair,
     _store_rows,
 )
+from triton_kernels.skewed_rows import (
+    PAIR_RUNS,
+    RUNS,
+    _add_rows,
+    _as_chunks,
+    _as_rows,
+    _chunk_layout,
+    _clear,
+    _floats,
+    _load_pairs,
+    _rows_from,
+)
 from triton_kernels.two_simplicial_skewed import _band_of, _block_of, _load_tiles
 from triton_kernels.variant import Variant
-
-# How fp32 rows are added up: four rows of a run in one thread, and whole sectors of a row in one access. (In the layout of the
-# products an access touches 32 bytes of each of 8 rows.)
-RUNS = gl.constexpr(gl.BlockedLayout([4, 4], [4, 8], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -54,103 +61,91 @@ def _fetch_tiles(ring, band, k_desc, v_desc, batch, kv_head):
 
 
 @gluon.jit
-def _sum_with(x, GAP: gl.constexpr):
-    """Each row r plus row r ^ GAP; both get the same bits."""
-    M: gl.constexpr = x.shape[0]
-    D: gl.constexpr = x.shape[1]
-    pairs = x.reshape([M // (2 * GAP), 2, GAP, D])
-    sums = gl.expand_dims(gl.sum(pairs, 1), 1)
-    return gl.convert_layout(gl.broadcast(sums, pairs)[0].reshape([M, D]), x.type.layout)
-
-
-@gluon.jit
-def _add_rows(ptrs, x, mask, turn_start, run, turns):
-    """The rows of ptrs += x, where `run` consecutive rows of x and then `turns` such runs share one.
-
-    By reductions in L2, which nobody waits for. Those to one address come from one thread or have a barrier between them: they
-    are added in this order.
-    """
-    if run >= 2:
-        x = _sum_with(x, 1)
-        if run >= 4:
-            x = _sum_with(x, 2)
-    for i in range(turns):
-        gl.atomic_add(ptrs, x, mask=mask & (turn_start == i * run)[:, None], sem="relaxed")
-        gl.barrier()
-
-
-@gluon.jit
-def _clear(ptr, num_rows, head_dim, HEAD_DIM: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [4, 1], [1, 0])
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    for start in range(0, num_rows, ROWS):
-        row = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        zeros = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, layout)
-        gl.store(_row_ptrs(ptr, row, head_dim, d), zeros, mask=(row < num_rows)[:, None] & (d < head_dim)[None, :])
-
-
-@gluon.jit
-def _rows_of(first_row, group, layout: gl.constexpr):
-    """64 rows from first_row on, their tokens and heads."""
-    first_token = first_row // group
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout)) + (first_row - first_token * group)
-    # row // group for row < group + 64: divisions would take as long as the loads.
-    token = gl.where(group < 64, row * (65536 // group + 1) >> 16, (row >= group).to(gl.int32))
-    return row + first_token * group, token + first_token, row - token * group
-
-
-@gluon.jit
-def _store_operands(q, ab, k_short_ptr, v_short_ptr, grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, first_row,
-                    num_rows, group, past, head_dim, dtype: gl.constexpr):  # fmt: skip
+def _store_operands(q, ab, k_short, v_short, grad_out, dtype: gl.constexpr):
     """A = q * k_short and B = dO * v_short of an offset, in pairs."""
-    PAIRS: gl.constexpr = q.shape[1]
-    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [128 // PAIRS, PAIRS // 4], [4, 1], [1, 0])
-    row, token, head = _rows_of(first_row, group, pairs)
-    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, pairs))
-    key = token + past - offset
-    mask = ((key >= 0) & (row < num_rows))[:, None] & (pair < head_dim // 2)[None, :]
-    k_rows = gl.load(_row_ptrs(_pairs(k_short_ptr), key, stride_ksn // 2, pair), mask=mask, other=0)
-    v_rows = gl.load(_row_ptrs(_pairs(v_short_ptr), key, stride_vsn // 2, pair), mask=mask, other=0)
-    g_ptrs = _row_ptrs(_pairs(grad_out_ptr), token, stride_gn // 2, pair) + head[:, None] * (stride_gh // 2)
-    g_rows = gl.load(g_ptrs, mask=mask, other=0)
-    gl.barrier()  # all warps are done with those of the offset before
-    ab.index(0).store(_multiply_pairs(q.load(pairs), k_rows, dtype))
-    ab.index(1).store(_multiply_pairs(g_rows, v_rows, dtype))
+    ab.index(0).store(_multiply_pairs(q.load(PAIR_RUNS), _as_rows(k_short, PAIR_RUNS), dtype))
+    ab.index(1).store(_multiply_pairs(_as_rows(grad_out, PAIR_RUNS), _as_rows(v_short, PAIR_RUNS), dtype))
     fence_async_shared()
     gl.barrier()
 
 
 @gluon.jit
-def _add_gradients(u, w, staging, q, dq, k_short_ptr, grad_out_ptr, part_k_ptr, part_v_ptr, stride_ksn, stride_gn, stride_gh, offset,
-                   first_row, num_rows, group, past, w_short, head_dim):  # fmt: skip
-    """What U and W of an offset add to dq and to the rows of the short gradients: through `staging`, the memory of A and B."""
+def _first_operands(q, ab, rows, k_short_ptr, v_short_ptr, grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, past, head_dim,
+                    dtype: gl.constexpr):  # fmt: skip
+    """Those of offset 0."""
+    HEAD_DIM: gl.constexpr = 2 * q.shape[1]
+    pairs: gl.constexpr = _chunk_layout(HEAD_DIM, 2)
+    token, head, ok = rows.tokens(RUNS)
+    token = (token + rows.first_token).to(gl.int64)
+    key = token + past
+    k_short = _load_pairs(k_short_ptr, key * (stride_ksn // 2), ok, False, head_dim, pairs)
+    v_short = _load_pairs(v_short_ptr, key * (stride_vsn // 2), ok, False, head_dim, pairs)
+    grad_out = _load_pairs(grad_out_ptr, token * (stride_gn // 2) + head * (stride_gh // 2), ok, False, head_dim, pairs)
+    gl.barrier()
+    _store_operands(q, ab, k_short, v_short, grad_out, dtype)
+
+
+@gluon.jit
+def _change_offset(u, w, staging, q, ab, dq, rows, k_short_ptr, v_short_ptr, grad_out_ptr, part_k_ptr, part_v_ptr, stride_ksn, stride_vsn,
+                   stride_gn, stride_gh, offset, past, w_short, head_dim, dtype: gl.constexpr):  # fmt: skip
+    """What U and W of an offset add to dq and to the rows of the short gradients, through `staging`, the memory of A and B; and
+    A and B of the next offset."""
     HEAD_DIM: gl.constexpr = u.shape[1]
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, RUNS))
-    d_ok = (d < head_dim)[None, :]
-    row, token, head = _rows_of(first_row, group, RUNS)
-    key = token + past - offset
-    mask = ((row < num_rows) & (key >= 0))[:, None] & d_ok
-    k_short = gl.load(_row_ptrs(k_short_ptr, key, stride_ksn, d), mask=mask, other=0.0)
+    pairs: gl.constexpr = _chunk_layout(HEAD_DIM, 2)
+    chunks: gl.constexpr = _chunk_layout(HEAD_DIM, 4)
+    whole = (head_dim == HEAD_DIM) & (rows.first_token + past > offset) & (rows.num >= ROWS)
+    token, head, ok = rows.tokens(RUNS)
+    key = token + (rows.first_token + past - offset)
+    k_short = _load_pairs(k_short_ptr, key.to(gl.int64) * (stride_ksn // 2), ok & (key >= 0), whole, head_dim, pairs)
     gl.barrier()  # all warps are done with A and B
     staging.store(u)
     gl.barrier()
     u = staging.load(RUNS)
     gl.barrier()
     staging.store(w)
-    dq.store(gl.fma(u, k_short.to(gl.float32), dq.load(RUNS)))
-
-    row, token, head = _rows_of(_opaque(first_row), group, RUNS)
-    grad_out_ptrs = _row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh
-    grad_out = gl.load(grad_out_ptrs, mask=(row < num_rows)[:, None] & d_ok, other=0.0)
-    run = gl.minimum(group & -group, 4)
-    turns = gl.cdiv(gl.minimum(group, ROWS), run)
-    turn_start = gl.where((row % run == 0) & (row < num_rows), gl.minimum(head, row - first_row), -1)
-    part_row = token - offset - (first_row // group - w_short + 1)  # of what sees no key: one that nobody reads
-    part = (part_row * head_dim)[:, None] + d[None, :]
-    d_mask = gl.broadcast(d_ok, u)[0]
-    _add_rows(part_k_ptr + part, u * q.load(RUNS).to(gl.float32), d_mask, turn_start, run, turns)
+    sums = gl.fma(u, _as_rows(_floats(k_short, dtype, chunks), RUNS), dq.load(RUNS))
     gl.barrier()
-    _add_rows(part_v_ptr + part, staging.load(RUNS) * grad_out.to(gl.float32), d_mask, turn_start, run, turns)
+    dq.store(sums)
+    u = _as_chunks(u, chunks) * _floats(_as_chunks(q.load(PAIR_RUNS), pairs), dtype, chunks)
+    _add_rows(part_k_ptr, u, rows, offset, w_short, head_dim)
+
+    g_row = (token + rows.first_token).to(gl.int64) * (stride_gn // 2) + head * (stride_gh // 2)
+    grad_out = _load_pairs(grad_out_ptr, g_row, ok, whole, head_dim, pairs)
+    w = _as_chunks(staging.load(RUNS), chunks)
+    token, head, ok = rows.tokens(RUNS)
+    key = token + (rows.first_token + past - offset - 1)
+    next_k = _load_pairs(k_short_ptr, key.to(gl.int64) * (stride_ksn // 2), ok & (key >= 0), whole, head_dim, pairs)
+    next_v = _load_pairs(v_short_ptr, key.to(gl.int64) * (stride_vsn // 2), ok & (key >= 0), whole, head_dim, pairs)
+    w = w * _floats(grad_out, dtype, chunks)
+    gl.barrier()
+    _store_operands(q, ab, next_k, next_v, grad_out, dtype)
+    _add_rows(part_v_ptr, w, rows, offset, w_short, head_dim)
+
+
+@gluon.jit
+def _hide(s, dp, n, last, count):
+    """-inf in place of s and 0 in place of dP where the column is none of the `count` up to `last`: see scaled_tiles._hide."""
+    n = gl.broadcast(n[None, :], s)[0]
+    last = gl.broadcast(last[:, None], s)[0]
+    count = gl.broadcast(count[:, None], s)[0]
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 age; sub.u32 age, $5, $4; setp.lt.u32 p, age, $6; selp.f32 $0, $2, 0fFF800000, p; "
+        "selp.f32 $1, $3, 0f00000000, p; }",
+        "=f,=f,f,f,r,r,r", [s, dp, n, last, count], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, one_pair, seen, single):
+    """P and dS, 0 for pairs that are not seen."""
+    if at_edge:
+        s, dp = _hide(s, dp, n, pos, pos - since)
+    shift = gl.where(seen, -lse2, float("-inf"))
+    exponent = gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0])
+    if one_pair:
+        exponent = gl.where(single[:, None] & (exponent > float("-inf")), 0.0, exponent)
+        dp = gl.where(single[:, None], 0.0, dp)
+    p = gl.exp2(exponent)
+    return p, p * (dp - delta[:, None])
 
 
 @gluon.jit
@@ -206,13 +201,11 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
         before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
         _clear(part_k_ptr, chunk_span, head_dim, HEAD_DIM)
         _clear(part_v_ptr, chunk_span, head_dim, HEAD_DIM)
+        rows_of = _rows_from(first_row, num_rows, group)
+        gl.assume(own_num > 0)
+        _first_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), rows_of, k_short_ptr, v_short_ptr,
+                        grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, past, head_dim, dtype)  # fmt: skip
         for offset in range(band.num_offsets):
-            # Or addresses of rows are computed before the loop.
-            opaque_row = _opaque(first_row)
-            opaque_group = _opaque(group)
-            _store_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), k_short_ptr, v_short_ptr,
-                            grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past,
-                            head_dim, dtype)  # fmt: skip
             seen = pos >= offset
             since = gl.maximum(pos - band.w_long, -1)
             stage, phase = ring.skip(before, stage, phase)
@@ -220,15 +213,15 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
             w = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
             for tile in range(before, before + own_num):
                 start = band.end_n - (tile + 1) * BLOCK_N
-                n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1)) | one_pair
+                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
                 mbarrier.wait(ring.full.index(stage), phase)
                 s_next = warpgroup_mma(
                     a_smem, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp_next = warpgroup_mma(
                     b_smem, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s, dp = warpgroup_mma_wait(0, deps=(s_next, dp_next))
-                p, ds = _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, seen, single)
+                n = _columns(start, s)
+                p, ds = _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, one_pair, seen, single)
                 p = gl.convert_layout(p.to(dtype), p_layout)
                 ds = gl.convert_layout(ds.to(dtype), p_layout)
                 w_next = warpgroup_mma(p, ring.v.index(stage), w, is_async=True)
@@ -238,9 +231,9 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
                 stage, phase = ring.advance(stage, phase)
             stage, phase = ring.skip(band.num_tiles - before - own_num, stage, phase)
 
-            _add_gradients(u, w, staging, q_smem.index(warpgroup), dq_smem.index(warpgroup), k_short_ptr, grad_out_ptr, part_k_ptr,
-                           part_v_ptr, stride_ksn, stride_gn, stride_gh, offset, opaque_row, num_rows, opaque_group, past, band.w_short,
-                           head_dim)  # fmt: skip
+            _change_offset(u, w, staging, _as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2),
+                           dq_smem.index(warpgroup), rows_of, k_short_ptr, v_short_ptr, grad_out_ptr, part_k_ptr, part_v_ptr, stride_ksn,
+                           stride_vsn, stride_gn, stride_gh, offset, past, band.w_short, head_dim, dtype)  # fmt: skip
     grad_q = dq_smem.index(warpgroup).load(RUNS) * scale
     _store_rows(grad_q_ptr, grad_q.to(dtype), first_row, out_stride, num_rows, group, head_dim)
 
