@@ -42,7 +42,9 @@ CASES = {
     "fp16": dict(n_k=20, ratio=8, w1=12, w2=3, dtype="float16"),
     "decode": dict(n_q=1, n_k=40, ratio=4, w1=40, w2=9, decode=dict(heads=4, offsets=4, keys=16)),
     "decode, one part": dict(n_q=3, n_k=20, ratio=1, kv_heads=2, w1=17, w2=3, decode=dict(heads=1, offsets=4, keys=32)),
-    "decode, empty parts": dict(n_q=6, n_k=6, ratio=4, w1=50, w2=6, scale=-0.5, decode=dict(heads=2, offsets=2, keys=16)),
+    "decode, empty parts": dict(
+        n_q=6, n_k=6, ratio=4, w1=50, w2=6, scale=-0.5, decode=dict(heads=2, offsets=2, keys=16)
+    ),
 }
 
 

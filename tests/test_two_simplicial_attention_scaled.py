@@ -55,6 +55,15 @@ def test_choice_of_the_kernels(dtype, ratio, w, kind, dkv_kind):
     } <= names
 
 
+@pytest.mark.parametrize(("n_q", "kind"), [(1, "_decode"), (17, "_decode"), (18, "_scaled")])
+def test_choice_for_few_queries(n_q, kind):
+    problem = draw(n_q=n_q, n_k=70, ratio=64, dim=64, w1=64, w2=16, dtype=torch.bfloat16, device="cuda", batch=1)
+    evaluate(op, problem)
+    names = kernels_of(lambda: evaluate(op, problem))
+    backward = "_scaled" if kind == "_scaled" else "_skewed"
+    assert {f"two_simplicial_fwd{kind}", f"two_simplicial_bwd_dq{backward}"} <= names
+
+
 @pytest.mark.parametrize("ratio", [1, 3, 4, 6, 8, 70])
 @pytest.mark.parametrize(
     ("n_q", "n_k", "w"),

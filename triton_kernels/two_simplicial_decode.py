@@ -148,7 +148,7 @@ def _variants() -> list[Variant]:
     ):
         key = {"dtype": dtype, "HEAD_DIM": head_dim}
         for heads, offsets in ((1, 32), (4, 16)):
-            warps = 8 if head_dim == 256 or (heads, head_dim) == (4, 128) and arch != "sm90a" else 4
+            warps = 8 if head_dim == 256 or ((heads, head_dim) == (4, 128) and arch != "sm90a") else 4
             tile = {"OFFSETS": offsets, "BLOCK_N": 32 if head_dim == 256 else 64, "num_warps": warps, "num_stages": 2}
             table.append(Variant(two_simplicial_fwd_decode, arch, key | {"HEADS": heads}, tile))
         table.append(Variant(two_simplicial_fwd_merge, arch, key, {"BLOCK_PARTS": 8, "num_warps": 4}))
