@@ -152,8 +152,8 @@ struct Launch {
 
   std::array<unsigned, 3> grid(int64_t programs_per_head) const {
     const int64_t programs = programs_per_head * p.B * p.Hkv;
-    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs,
-                    " programs exceed a CUDA grid");
+    SIMPLEX_EXPECT(programs < int64_t{1} << 31, "two_simplicial_attention",
+                   "fewer than 2^31 programs of a CUDA grid, got ", programs);
     return {static_cast<unsigned>(programs), 1, 1};
   }
 
