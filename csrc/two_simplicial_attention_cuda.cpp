@@ -157,16 +157,17 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
   // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
-  // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
-  // same rows.
+  // programs read at a time would not fit the L2 cache, a share is as many as two or four blocks have keys: neighbours
+  // read the same rows.
   const int64_t rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const int64_t turn = 128 / block_n;  // short keys that a program takes at a time, half of them each warpgroup
   const int64_t span = std::min(short_rows, p.Nk + l.axes.w_short - 1);
+  const int64_t few_blocks = std::max<int64_t>(2 * block_n, 64);
   const auto too_large = [&](int64_t share) {
-    const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
+    const bool thrashes = share > few_blocks && kResident * rows_bytes > kL2Bytes;
     return share > turn && (thrashes || blocks * heads * ceil_div(span, share) < 8 * kResident);
   };
-  int64_t share = 2 * block_n;
+  int64_t share = few_blocks;
   while (share < span) share *= 2;
   while (too_large(share)) share /= 2;
   const int64_t splits = ceil_div(span, share);

@@ -92,15 +92,23 @@ struct Launch {
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey || decode()) return false;
     if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
     if (p.group() % 8) return false;  // its copies are of 8 heads
-    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
-    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
-    return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
+    return counts_fit && short_parts_fit(block_n);
   }
   // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
   int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
-  // Long keys of a program of dkv: few where windows are short, so that more of its tile is of use.
-  int64_t scaled_keys() const { return axes.w_long <= 32 ? 16 : 64; }
+  // Long keys of a tile of dkv, whose 64 lines are these with 64 / block_n short keys. It meets every row that sees any
+  // of its pairs, so a row meets (w_long + block_n) * (w_short + 64 / block_n): the least is fastest (docs/kernels.md).
+  int64_t scaled_keys() const {
+    const auto met = [&](int64_t n) { return (axes.w_long + n) * (axes.w_short + 64 / n); };
+    const int64_t most = met(32) <= met(64) && short_parts_fit(32) ? 32 : 64;
+    return met(16) < met(most) && short_parts_fit(16) ? 16 : most;
+  }
+  bool short_parts_fit(int64_t block_n) const {
+    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
+    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
+    return 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
+  }
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
 
