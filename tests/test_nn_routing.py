@@ -264,7 +264,7 @@ def test_autocast(device):
             "MixtureOfDepthsLayer: expected capacity to be .*, got 1.5",
         ),
         (lambda: PriorFFN(0), "PriorFFN: expected dim to be at least 1, got 0"),
-        (lambda: PriorFFN(8, -1), "PriorFFN: expected width to be above 0, got -1"),
+        (lambda: PriorFFN(8, -1), "PriorFFN: expected width to be above 0 and finite, got -1"),
         (lambda: SurpriseGate(0), "SurpriseGate: expected window to be at least 1, got 0"),
     ],
 )
