@@ -3,7 +3,9 @@
 // The convention: op X has X_backward, and each argument of X_backward is, by its name,
 //   grad_<output of X>   the incoming gradient (`Tensor?`: None where there is none; `Tensor`: then zeros),
 //   an input of X, or an output of X,
-// and each return of X_backward is grad_<input of X>. An output without a grad_ argument is not differentiable.
+// and each return of X_backward is grad_<input of X>. An output without a grad_ argument is not differentiable, nor is
+// any of an op without X_backward: they are constants to autograd. An op that writes to an argument says so in its
+// schema, and autograd notices where somebody has saved what was there.
 //
 // The ops themselves use LibTorch's stable ABI, which has no autograd. This file needs the C++ API, whose ABI changes
 // with every minor release of torch, so it is a small library of its own, built once per minor and loaded after _C.so.
@@ -16,8 +18,10 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -56,6 +60,8 @@ std::pair<T*, NodePtr> make_node(Args&&... args) {
 }
 
 bool is_tensor(const Argument& argument) { return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
+
+bool is_written(const Argument& argument) { return argument.alias_info() && argument.alias_info()->isWrite(); }
 
 std::optional<size_t> find(const std::vector<Argument>& arguments, const std::string& name) {
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -272,6 +278,39 @@ struct BackwardKernel : c10::OperatorKernel {
   const std::string message;
 };
 
+// The Autograd kernel of an op without X_backward.
+struct ConstantKernel : c10::OperatorKernel {
+  void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const auto& arguments = op.schema().arguments();
+    const auto inputs = torch::jit::last(*stack, arguments.size());
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      TORCH_CHECK(!is_written(arguments[i]) || !c10::GradMode::is_enabled() || !requires_grad(inputs[i]),
+                  op.schema().name().substr(sizeof("simplex::") - 1), ": expected ", arguments[i].name(),
+                  ", which is updated in place, not to require grad");
+    }
+    redispatch_below_autograd(op, keys, stack);
+  }
+};
+
+// The ADInplaceOrView kernel of an op that writes to an argument: counts the change.
+struct WritingKernel : c10::OperatorKernel {
+  void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const auto& arguments = op.schema().arguments();
+    const auto inputs = torch::jit::last(*stack, arguments.size());
+    std::vector<at::Tensor> written;
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (is_written(arguments[i])) written.push_back(inputs[i].toTensor());
+    }
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+    }
+    for (const at::Tensor& tensor : written) {
+      if (!tensor.is_inference()) torch::autograd::impl::bump_version(tensor);  // such a one has no counter
+    }
+  }
+};
+
 // The Autocast kernel of X: floating tensors take the region's low precision. fp64 stays, as everywhere in torch.
 struct AutocastKernel : c10::OperatorKernel {
   explicit AutocastKernel(c10::DeviceType device) : device(device) {}
@@ -293,6 +332,7 @@ struct AutocastKernel : c10::OperatorKernel {
 struct Binding {
   using Library = torch::Library;
   Library autograd{Library::IMPL, "simplex", c10::DispatchKey::Autograd, __FILE__, __LINE__};
+  Library written{Library::IMPL, "simplex", c10::DispatchKey::ADInplaceOrView, __FILE__, __LINE__};
   Library autocast_cpu{Library::IMPL, "simplex", c10::DispatchKey::AutocastCPU, __FILE__, __LINE__};
   Library autocast_cuda{Library::IMPL, "simplex", c10::DispatchKey::AutocastCUDA, __FILE__, __LINE__};
 
@@ -308,8 +348,14 @@ struct Binding {
     for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
       if (name.name.rfind("simplex::", 0) != 0 || !name.overload_name.empty()) continue;
       const auto forward = dispatcher.findSchema(name);
+      if (!forward) continue;
+      const auto& arguments = forward->schema().arguments();
+      if (std::any_of(arguments.begin(), arguments.end(), is_written)) implement<WritingKernel>(written, name.name);
       const auto backward = dispatcher.findSchema({name.name + "_backward", ""});
-      if (!forward || !backward) continue;
+      if (!backward) {
+        if (!name.name.ends_with("_backward")) implement<ConstantKernel>(autograd, name.name);
+        continue;
+      }
       implement<ForwardKernel>(autograd, name.name, Rule(*forward, *backward));
       implement<BackwardKernel>(autograd, name.name + "_backward", name.name);
       implement<AutocastKernel>(autocast_cpu, name.name, c10::kCPU);

@@ -39,9 +39,9 @@ Logits checked(const char* op, const Tensor& x, const Tensor& weight, const std:
     p.prev = packed(*prev);
   }
   if (!x.is_cpu()) {
-    constexpr int64_t kMost = int64_t{1} << 31;
-    SIMPLEX_EXPECT(p.B * p.T < kMost / 2 && p.D < kMost / 2, op,
-                   "batch * length and the last dim of x to be below 2^30, got ", shape_string(x));
+    constexpr int64_t kMost = int64_t{1} << 30;
+    SIMPLEX_EXPECT(p.B * p.T < kMost && p.D < kMost, op, "batch * length and the last dim of x to be below 2^30, got ",
+                   shape_string(x));
   }
   p.x = packed(x);
   p.weight = packed(weight);

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -19,8 +21,17 @@ namespace simplex {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws "OP: expected WHAT", where WHAT is the rest, put together only on failure.
-#define SIMPLEX_EXPECT(condition, op, ...) STD_TORCH_CHECK(condition, op, ": expected ", __VA_ARGS__)
+template <class... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// Throws "OP: expected WHAT", where WHAT is the rest, put together only on failure: the words of the fakes, without
+// the function, file and line that STD_TORCH_CHECK puts in front.
+#define SIMPLEX_EXPECT(condition, op, ...) \
+  (condition) ? void() : throw std::runtime_error(simplex::joined(op, ": expected ", __VA_ARGS__))
 
 // "[2, 16, 4, 64]", "cuda:0", "BFloat16": for error messages.
 std::string shape_string(const Tensor& t);

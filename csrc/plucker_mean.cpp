@@ -83,7 +83,8 @@ class Launch {
         dtype_(dtype_constant(p.z)),
         width_(as_i32(padded(p.r))),
         stride_(as_i32(padded(p.outputs()))) {
-    STD_TORCH_CHECK(p.tokens() < int64_t{1} << 29, "plucker_mean: ", p.tokens(), " tokens exceed a CUDA grid");
+    SIMPLEX_EXPECT(p.tokens() < int64_t{1} << 29, "plucker_mean", "batch * length of z to be below 2^29 on cuda, got ",
+                   p.tokens());
   }
 
   const Kernel& of_head_dim(const KernelFamily& family) const { return family.find(device_, {dtype_, head_dim()}); }

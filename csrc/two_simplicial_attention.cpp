@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 namespace simplex {
 
@@ -45,6 +46,8 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
   SIMPLEX_EXPECT(w2 >= 1, op, "w2 to be at least 1, got ", w2);
   p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));
   SIMPLEX_EXPECT(std::isfinite(p.scale), op, "scale to be finite, got ", p.scale);
+  SIMPLEX_EXPECT(p.dtype == ScalarType::Double || std::abs(p.scale) <= std::numeric_limits<float>::max(), op,
+                 "scale to be within the range of float32, got ", p.scale);
 
   for (Tensor* t : {&p.q, &p.k1, &p.k2, &p.v1, &p.v2}) *t = aligned(*t);
   p.w1 = std::min(w1, std::max<int64_t>(p.Nk, 1));

@@ -1,147 +1,13 @@
+// 2-simplicial attention on CUDA: the launches. two_simplicial_attention_kernels.h says of what.
 #include <algorithm>
-#include <array>
-#include <cstdlib>
 #include <numeric>
-#include <string_view>
 #include <vector>
 
-#include "kernel.h"
-#include "two_simplicial_attention.h"
+#include "two_simplicial_attention_kernels.h"
 
 namespace simplex {
 
 namespace {
-
-const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
-const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
-const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
-const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardKVSkewed("two_simplicial_bwd_dkv_skewed", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardKVScaled("two_simplicial_bwd_dkv_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
-const KernelFamily kBackwardQ("two_simplicial_bwd_dq", {"dtype", "HEAD_DIM", "SHARE"});
-const KernelFamily kBackwardMerge("two_simplicial_bwd_merge", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardSum("two_simplicial_bwd_sum", {"dtype", "HEAD_DIM"});
-const KernelFamily kBackwardKV("two_simplicial_bwd_dkv", {"dtype", "HEAD_DIM"});
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The axes by what the kernels do with them: the shorter window's is walked by offset, the other's by tiles.
-struct Axes {
-  const Tensor &k_long, &v_long, &k_short, &v_short;
-  int64_t w_long, w_short;
-
-  explicit Axes(const TwoSimplicialAttention& p)
-      : Axes(p.w1 >= p.w2 ? Axes{p.k1, p.v1, p.k2, p.v2, p.w1, p.w2} : Axes{p.k2, p.v2, p.k1, p.v1, p.w2, p.w1}) {}
-
- private:
-  Axes(const Tensor& kl, const Tensor& vl, const Tensor& ks, const Tensor& vs, int64_t wl, int64_t ws)
-      : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
-};
-
-constexpr int64_t kFreeBytes = 64 << 20;  // of partial sums, at any size of the arguments
-constexpr int64_t kMostRowsPerToken = 8;  // of partial sums beyond that, in a chunk of rows: w_short / its tokens
-
-// One call's device, stream and key. No device guard: launch() makes the device's context current, allocations name it.
-struct Launch {
-  const TwoSimplicialAttention& p;
-  Axes axes;
-  int device;
-  void* stream;
-  int64_t dtype, head_dim;
-  int64_t rows;  // of one kv head
-
-  Launch(const char* op, const TwoSimplicialAttention& p)
-      : p(p),
-        axes(p),
-        device(p.q.get_device_index()),
-        stream(current_cuda_stream(device)),
-        dtype(dtype_constant(p.q)),
-        head_dim(32),
-        rows(p.Nq * p.group()) {
-    while (head_dim < p.D) head_dim *= 2;
-    // The kernels count rows and positions in 32 bits (elements in 64).
-    SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ",
-                   rows);
-    SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
-  }
-
-  // The variant whose runs of rows with one token are longest, of those that the group consists of.
-  const Kernel& select(const KernelFamily& family) const {
-    for (int64_t share : {64, 8}) {
-      const Kernel* kernel = p.group() % share == 0 ? family.find_if(device, {dtype, head_dim, share}) : nullptr;
-      if (kernel) return *kernel;
-    }
-    return family.find(device, {dtype, head_dim, 1});
-  }
-
-  // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py), both passes or none: S is rounded
-  // elsewhere in the others, and a backward pass that differs from its forward in that takes the difference for a
-  // gradient. A warpgroup of theirs walks the short keys that any of its 64 rows sees: no waste where they are of one
-  // token, but where their tokens are many next to the window, more than is gained. The backward pass has work to do
-  // once per short key, which many rows must share, and leaves partial sums of the short gradients for each block of
-  // long keys, at most as large as all arguments and gradients (those of the long ones are not larger, or 268 MB).
-  bool scales() const {
-    constexpr int64_t kRowsPerShortKey = 128;
-    const int64_t block_n = scaled_keys();
-    const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
-    if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
-    if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
-    if (p.group() % 8) return false;  // its copies are of 8 heads
-    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
-    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
-    const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
-    return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
-  }
-  // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
-  int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
-  // Long keys of a program of dkv: few where windows are short, so that more of its tile is of use.
-  int64_t scaled_keys() const { return axes.w_long <= 32 ? 16 : 64; }
-  // Short keys that share a row with a block of long keys.
-  int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
-
-  // Hopper has kernels for fewer heads, too (two_simplicial_skewed*.py), which round as the portable ones.
-  const Kernel& forward() const {
-    if (scales()) return kForwardScaled.find(device, {dtype, head_dim, scaled_tile()});
-    const Kernel* skewed = skewed_kernel(kForwardSkewed);
-    return skewed ? *skewed : select(kForward);
-  }
-  // Null where its partial rows of the short gradients, w_short and more for each 64 rows, would be too many.
-  const Kernel* skewed_dq() const {
-    const int64_t partial_bytes = 2 * sizeof(float) * ceil_div(rows, 64) * chunk_span(64) * p.B * p.Hkv * p.D;
-    const bool fits = partial_bytes <= kFreeBytes || axes.w_short * p.group() <= kMostRowsPerToken * 64;
-    return fits ? skewed_kernel(kBackwardQSkewed) : nullptr;
-  }
-  // A step of the skewed one is of 64 / BLOCK_M offsets, of which at most a third may lie past the window.
-  const Kernel& dkv() const {
-    const Kernel* skewed = skewed_kernel(kBackwardKVSkewed);
-    const int64_t offsets = skewed ? 64 / (*skewed)["BLOCK_M"] : 1;
-    const bool fits = 2 * ceil_div(axes.w_short, offsets) * offsets <= 3 * axes.w_short;
-    return skewed && fits ? *skewed : kBackwardKV.find(device, {dtype, head_dim});
-  }
-  // Short keys that a chunk of rows sees.
-  int64_t chunk_span(int64_t chunk_rows) const { return ceil_div(chunk_rows, p.group()) + axes.w_short; }
-
-  std::array<unsigned, 3> grid(int64_t programs_per_head) const {
-    const int64_t programs = programs_per_head * p.B * p.Hkv;
-    STD_TORCH_CHECK(programs < int64_t{1} << 31, "two_simplicial_attention: ", programs,
-                    " programs exceed a CUDA grid");
-    return {static_cast<unsigned>(programs), 1, 1};
-  }
-
- private:
-  const Kernel* skewed_kernel(const KernelFamily& family) const {
-    return portable_only() ? nullptr : family.find_if(device, {dtype, head_dim});
-  }
-  // A reader's switch, not a tuning knob: SIMPLEX_KERNELS=portable is what the other kernels are compared with.
-  static bool portable_only() {
-    static const bool only = [] {
-      const char* kernels = std::getenv("SIMPLEX_KERNELS");
-      return kernels && std::string_view(kernels) == "portable";
-    }();
-    return only;
-  }
-};
 
 // A tensor of [batch, length, heads, head_dim] to TMA.
 TensorDescriptor four_dimensional(const Tensor& t) {
@@ -212,8 +78,7 @@ class Args {
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
-// On Hopper: programs that run at a time, one on a multiprocessor, and what they may count on of an L2 cache of 50 MB.
-constexpr int64_t kResident = 128, kL2Bytes = 32 << 20;
+constexpr int64_t kL2Bytes = 32 << 20;  // what programs may count on of Hopper's L2 cache of 50 MB
 
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
@@ -292,16 +157,17 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
   // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
-  // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
-  // same rows.
+  // programs read at a time would not fit the L2 cache, a share is as many as two or four blocks have keys: neighbours
+  // read the same rows.
   const int64_t rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const int64_t turn = 128 / block_n;  // short keys that a program takes at a time, half of them each warpgroup
   const int64_t span = std::min(short_rows, p.Nk + l.axes.w_short - 1);
+  const int64_t few_blocks = std::max<int64_t>(2 * block_n, 64);
   const auto too_large = [&](int64_t share) {
-    const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
+    const bool thrashes = share > few_blocks && kResident * rows_bytes > kL2Bytes;
     return share > turn && (thrashes || blocks * heads * ceil_div(span, share) < 8 * kResident);
   };
-  int64_t share = 2 * block_n;
+  int64_t share = few_blocks;
   while (share < span) share *= 2;
   while (too_large(share)) share /= 2;
   const int64_t splits = ceil_div(span, share);
@@ -378,10 +244,36 @@ void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, c
   if (splits > 1) add_splits(l, grad, part_k, part_v, splits, block_n);
 }
 
+// out and lse, by parts where one program a row would be too few.
+void decode(const Launch& l, const Launch::Decode& plan, const Tensor& out, const Tensor& lse) {
+  const int64_t all_rows = l.rows * l.p.B * l.p.Hkv;
+  const bool whole = plan.parts == 1;
+  const Tensor part_out = whole ? lse : partial_sums(l, all_rows, plan.parts);
+  const Tensor part_lse = whole ? lse : empty_like_device(lse, {all_rows, plan.parts}, ScalarType::Float);
+  Args args(l, plan.kernel);
+  args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse);
+  args.pointer("part_out_ptr", part_out).pointer("part_lse_ptr", part_lse);
+  args.problem().integer("num_parts", plan.parts).integer("share", plan.share);
+  launch(plan.kernel, l.device, l.stream, l.grid(l.rows / plan.kernel["HEADS"] * plan.parts), args);
+  if (whole) return;
+  const Kernel& merge = kForwardMerge.find(l.device, {l.dtype, plan.kernel["HEAD_DIM"]});
+  launch(merge, l.device, l.stream, l.grid(l.rows),
+         Args(l, merge)
+             .pointer("part_out_ptr", part_out)
+             .pointer("part_lse_ptr", part_lse)
+             .pointer("out_ptr", out)
+             .pointer("lse_ptr", lse)
+             .integer("num_queries", l.p.Nq)
+             .integer("heads", l.p.Hq)
+             .integer("head_dim", l.p.D)
+             .integer("num_parts", plan.parts));
+}
+
 }  // namespace
 
 void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   const Launch l("two_simplicial_attention", p);
+  if (const auto plan = l.decode()) return decode(l, *plan, out, lse);
   const Kernel& kernel = l.forward();
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
          Args(l, kernel).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());

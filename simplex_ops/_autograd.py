@@ -3,13 +3,15 @@
 Used where the wheel holds no C++ binding for the running torch, so that a wheel outlives the torches it was built for.
 The convention, by name: op X has X_backward; each argument of X_backward is grad_<output of X> (`Tensor?`: None where
 there is no gradient, `Tensor`: zeros), an input of X or an output of X; each return is grad_<input of X>. An output
-without a grad_ argument is not differentiable.
+without a grad_ argument is not differentiable, nor is any of an op without X_backward: they are constants to autograd. An
+op that writes to an argument says so in its schema, and autograd notices where somebody has saved what was there.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -19,6 +21,11 @@ _registrations = torch.library.Library("simplex", "IMPL")  # lives as long as th
 def register() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("simplex::")}
     for name in sorted(names):
+        written = [a.name for a in _overload(name)._schema.arguments if a.alias_info and a.alias_info.is_write]
+        if written:
+            _register_writing(_overload(name), written)
+        if f"{name}_backward" not in names and not name.endswith("_backward"):
+            _register_constant(_overload(name), written)
         if f"{name}_backward" in names:
             op, backward = _overload(name), _overload(f"{name}_backward")
             _register_autograd(op, _differentiable(op, backward))
@@ -43,10 +50,43 @@ def _register_autograd(op: OpOverload, function: type[torch.autograd.Function]) 
         ):
             raise NotImplementedError(f"{op._schema.name}: forward-mode AD (jvp) is not supported, use reverse mode")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keys, *args)
+            return _apply(function, keys, args)
         return _below_autograd(op, keys, args)
 
     _registrations.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _register_constant(op: OpOverload, written: list[str]) -> None:
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for name, arg in zip((a.name for a in op._schema.arguments), args, strict=False):
+            if name in written and torch.is_grad_enabled() and arg.requires_grad:
+                raise RuntimeError(
+                    f"{op._schema.name.removeprefix('simplex::')}: expected {name}, which is updated in place, not to require grad"
+                )
+        return _below_autograd(op, keys, args)
+
+    _registrations.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _register_writing(op: OpOverload, written: list[str]) -> None:
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+        for parameter, arg in zip(op._schema.arguments, args, strict=False):
+            if parameter.name in written and not arg.is_inference():
+                torch.autograd.graph.increment_version(arg)
+        return result
+
+    _registrations.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def _apply(function: type[torch.autograd.Function], keys: torch._C.DispatchKeySet, args: tuple) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(keys, *args)
+    # Under torch.func, Function.apply would want a rule for each transform. Here the dispatcher has brought the call to
+    # the one level whose gradient is wanted, as it does for a node of C++.
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(keys, *args)  # type: ignore[misc]
 
 
 def _below_autograd(op: OpOverload, keys: torch._C.DispatchKeySet, args: tuple) -> Any:
@@ -77,7 +117,8 @@ def _differentiable(op: OpOverload, backward: OpOverload) -> type[torch.autograd
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-            result = _below_autograd(op, keys, args)
+            with torch.enable_grad():  # apply turned it off, at the outer levels of torch.func, too
+                result = _below_autograd(op, keys, args)
             out = result if isinstance(result, tuple) else (result,)
             values = {name: args[inputs[name]] if name in inputs else out[outputs[name]] for name in saved}
             ctx.tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
@@ -116,7 +157,8 @@ def _once_differentiable(op: OpOverload, backward: OpOverload) -> type[torch.aut
     class DoubleBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-            return _below_autograd(backward, keys, args)
+            with torch.enable_grad():
+                return _below_autograd(backward, keys, args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:

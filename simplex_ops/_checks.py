@@ -1,4 +1,5 @@
-"""What the fakes of every op check with: the conditions and words of csrc/op.h, on sizes that may be symbols."""
+"""What the fakes of every op check with: the conditions and words of csrc/op.h, on sizes that may be symbols; and what
+the functions that call the ops share."""
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def expect_floating(op: str, name: str, x: Tensor) -> None:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What sums over x are taken and returned in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A region where autocast leaves ops on x's device alone. Meta tensors, which have no autocast, may be in it, too."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def dtype_name(x: Tensor) -> str:

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import expect, expect_device, expect_dtype, expect_floating, expect_like, expect_sizes, wide_dtype
+from ._checks import (
+    expect,
+    expect_device,
+    expect_dtype,
+    expect_floating,
+    expect_like,
+    expect_sizes,
+    wide_dtype,
+    without_autocast,
+)
 from ._library import register_flops
 
 
@@ -37,7 +46,7 @@ def causal_route_logits(x: Tensor, weight: Tensor, prev: Tensor | None = None) -
     >>> causal_route_logits(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([1.0, 10.0]))
     tensor([[ 1., 12., 23.]])
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return torch.ops.simplex.causal_route_logits(x, weight, prev)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import expect, expect_device, expect_floating, expect_sizes
+from ._checks import expect, expect_device, expect_floating, expect_sizes, without_autocast
 from ._library import register_flops
 from .grassmann_mix import check_grassmann_mix
 
@@ -49,7 +49,7 @@ def grassmann_step(
     >>> torch.allclose(torch.cat(steps, 1), grassmann_mix(z, weight, None, [1, 5]), atol=1e-5)
     True
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         return torch.ops.simplex.grassmann_step(z, ring, weight, bias, offsets, position, bias_everywhere)
 
 

@@ -47,8 +47,8 @@ def plucker_mean(
             names the argument, its value and what was expected.
 
     >>> plucker_mean(torch.tensor([[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]]), [1])
-    tensor([[[0., 0., 0.],
-             [-1., 0., 0.]]])
+    tensor([[[ 0.,  0.,  0.],
+             [-1.,  0.,  0.]]])
     """
     return torch.ops.simplex.plucker_mean(z, offsets, valid, cu_seqlens)
 

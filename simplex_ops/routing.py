@@ -16,6 +16,7 @@ from ._checks import (
     expect_like,
     expect_sizes,
     wide_dtype,
+    without_autocast,
 )
 from ._library import register_flops
 
@@ -41,7 +42,7 @@ def topk_route(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> topk_route(torch.tensor([[0.1, 0.7, 0.7, 0.9]]), 2)[0]
     tensor([[1, 3]], dtype=torch.int32)
     """
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores):
         return torch.ops.simplex.topk_route(scores, k)
 
 
@@ -71,7 +72,7 @@ def topk_route_calibrate_(scores: Tensor, k: int, threshold: Tensor, calibration
     >>> threshold
     tensor(0.7000)
     """
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores):
         return torch.ops.simplex.topk_route_calibrate_(scores.detach(), k, threshold, calibrations)
 
 
@@ -95,7 +96,7 @@ def threshold_route(scores: Tensor, threshold: float, cap: int) -> tuple[Tensor,
     >>> threshold_route(torch.tensor([[0.1, 0.7, 0.6, 0.9]]), 0.65, 3)
     (tensor([[ 1,  3, -1]], dtype=torch.int32), tensor([2], dtype=torch.int32))
     """
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores):
         return torch.ops.simplex.threshold_route(scores, threshold, cap)
 
 
@@ -117,7 +118,7 @@ def route_gather(x: Tensor, idx: Tensor) -> Tensor:
     >>> route_gather(torch.arange(4.0).view(1, 4, 1), torch.tensor([[1, 3, -1]], dtype=torch.int32)).flatten()
     tensor([1., 3., 0.])
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return torch.ops.simplex.route_gather(x, idx)
 
 
@@ -144,7 +145,7 @@ def route_scatter_add(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None 
     >>> route_scatter_add(torch.zeros(1, 3, 1), torch.ones(1, 2, 1), idx, torch.tensor([[0.5, 2.0]])).flatten()
     tensor([0.5000, 0.0000, 2.0000])
     """
-    with torch.autocast(base.device.type, enabled=False):
+    with without_autocast(base):
         return torch.ops.simplex.route_scatter_add(base, y, idx, gate)
 
 
@@ -171,7 +172,7 @@ def route_replace(base: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None = No
     >>> route_replace(torch.ones(1, 3, 1), torch.full((1, 2, 1), 3.0), idx, torch.tensor([[0.5, 0.7, 1.0]])).flatten()
     tensor([2., 1., 3.])
     """
-    with torch.autocast(base.device.type, enabled=False):
+    with without_autocast(base):
         return torch.ops.simplex.route_replace(base, y, idx, gate)
 
 

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import expect, expect_device, expect_dtype, expect_floating, expect_like, expect_sizes, wide_dtype
+from ._checks import (
+    expect,
+    expect_device,
+    expect_dtype,
+    expect_floating,
+    expect_like,
+    expect_sizes,
+    wide_dtype,
+    without_autocast,
+)
 from ._library import register_flops
 
 
@@ -56,7 +65,7 @@ def surprise_gate(
     >>> g.shape
     torch.Size([2, 16])
     """
-    with torch.autocast(x_in.device.type, enabled=False):
+    with without_autocast(x_in):
         return torch.ops.simplex.surprise_gate(x_in, x_post, x_prior, beta_ce, beta_cu, o_ce, m_cu, window)
 
 

@@ -206,6 +206,8 @@ def _check(
     for name, w in (("w1", w1), ("w2", w2)):
         expect(op, w >= 1, f"{name} to be at least 1, got {w}")
     expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")
+    in_range = scale is None or q.dtype == torch.float64 or abs(scale) <= torch.finfo(torch.float32).max
+    expect(op, in_range, f"scale to be within the range of float32, got {scale}")
 
 
 def valid_pairs(length: int, kv_length: int, w1: int, w2: int) -> int:

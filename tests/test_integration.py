@@ -63,6 +63,55 @@ def test_opcheck_backward(device, with_grad_lse):
     torch.library.opcheck(overload_backward, (problem.grad_out, grad_lse, *problem.inputs, out, lse, 5, 3))
 
 
+WRITING = {  # name: a call of an op that writes, the arguments that it writes to
+    "grassmann_step": (lambda x: (x(1, 3, 4), x(1, 5, 4), x(8, 6), None, [1, 5], 0), [1]),
+    "topk_route_calibrate_": (lambda x: (x(2, 6), 3, x(), x()), [2, 3]),
+    "route_kv_append_": (
+        lambda x: (x(1, 4, 1, 8), x(1, 4, 1, 8), x(1).int(), x(1, 2, 1, 8), x(1, 2, 1, 8), x(1, 2).int()), [0, 1, 2]
+    ),
+}  # fmt: skip
+
+
+def test_every_op_that_writes_is_known_here():
+    schemas = {name: getattr(torch.ops.simplex, name.split("::")[1]).default._schema for name in simplex_ops_by_name()}
+    writing = {
+        name.split("::")[1]: [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+        for name, schema in schemas.items()
+    }
+    assert {name: written for name, written in writing.items() if written} == {n: w for n, (_, w) in WRITING.items()}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_what_an_op_writes_to_is_counted(device, name):
+    """Else autograd would take what is there now for what somebody saved, and return wrong gradients."""
+    make, written = WRITING[name]
+    arguments = make(lambda *shape: torch.zeros(shape, device=device))
+    op = getattr(torch.ops.simplex, name)
+    for i in written:
+        weight = torch.ones((), device=device, requires_grad=True)
+        product = weight * arguments[i].view_as(arguments[i])
+        op(*arguments)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+    with torch.inference_mode():
+        op(*make(lambda *shape: torch.zeros(shape, device=device)))
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_what_an_op_writes_to_has_no_gradient(device, name):
+    make, written = WRITING[name]
+    arguments = make(lambda *shape: torch.zeros(shape, device=device))
+    op = getattr(torch.ops.simplex, name)
+    for i in written:
+        if arguments[i].is_floating_point():
+            asked = [x.clone().requires_grad_() if i == j else x for j, x in enumerate(arguments)]
+            argument = op.default._schema.arguments[i].name
+            with pytest.raises(RuntimeError, match=f"^{name}: expected {argument}, .* not to require grad"):
+                op(*asked)
+            with torch.no_grad():
+                op(*asked)
+
+
 # Autograd
 
 
@@ -230,12 +279,14 @@ def test_torch_func(device):
     def loss(*inputs):
         return (simplex_ops.two_simplicial_attention(*inputs, problem.w1, problem.w2) * problem.grad_out).sum()
 
-    if simplex_ops.info().autograd == "cpp":
-        grads = torch.func.grad(loss, tuple(range(5)))(*problem.inputs)
-        assert_truth({f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True)}, problem)
-    else:
-        with pytest.raises(RuntimeError, match="functorch"):
-            torch.func.grad(loss)(*problem.inputs)
+    grads = torch.func.grad(loss, tuple(range(5)))(*problem.inputs)
+    assert_truth({f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True)}, problem)
+    q, *others = problem.inputs
+    # The outer of two levels, and both at once, which would be a second derivative.
+    outer = torch.func.grad(lambda k1: torch.func.vjp(lambda q: loss(q, k1, *others[1:]), q)[0])(others[0])
+    assert_truth({"grad_k1": outer}, problem)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, *others).square().sum())(q)
     with pytest.raises(NotImplementedError, match=r"two_simplicial_attention.*forward-mode"):
         torch.func.jvp(loss, tuple(problem.inputs), tuple(problem.inputs))
     twice = [torch.stack([x, x / 2]) for x in problem.inputs]

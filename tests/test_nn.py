@@ -124,7 +124,7 @@ def test_dot_product_mixer_is_its_equation():
     q = torch.view_as_complex(mixer.wq(x).view(12, 2, 2, 8).transpose(-1, -2).contiguous())
     k = torch.view_as_complex(mixer.wk(x).view(12, 1, 2, 8).transpose(-1, -2).contiguous())
     distance = torch.arange(12)[:, None] - torch.arange(12)
-    turn = torch.polar(torch.ones((), dtype=torch.float64), distance[..., None] * mixer.frequencies)
+    turn = torch.polar(torch.ones((), dtype=torch.float64), distance[..., None] * mixer.frequencies.double())
     scores = torch.einsum("ihd,jd,ijd->hij", q, k[:, 0].conj(), turn).real / 4
     weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
     want = mixer.wo(torch.einsum("hij,jd->ihd", weights, mixer.wv(x)[0]).flatten(-2))

@@ -36,16 +36,6 @@ class Attention(nn.Module):
         return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
 
 
-class Pointwise(nn.Linear):
-    """A block that compiles in a fraction of the time and uses its positions as well."""
-
-    def __init__(self):
-        super().__init__(DIM, DIM)
-
-    def forward(self, x, positions):
-        return x + super().forward(x) * torch.cos(0.1 * positions).unsqueeze(-1)
-
-
 LAYERS = {
     "decision": lambda device, block=Attention: DecisionLayer(block(), DIM, window=7).to(device),
     "dynamic": lambda device, block=Attention: DynamicLayer(block(), 0.5).to(device),
@@ -264,7 +254,7 @@ def test_autocast(device):
             "MixtureOfDepthsLayer: expected capacity to be .*, got 1.5",
         ),
         (lambda: PriorFFN(0), "PriorFFN: expected dim to be at least 1, got 0"),
-        (lambda: PriorFFN(8, -1), "PriorFFN: expected width to be above 0, got -1"),
+        (lambda: PriorFFN(8, -1), "PriorFFN: expected width to be above 0 and finite, got -1"),
         (lambda: SurpriseGate(0), "SurpriseGate: expected window to be at least 1, got 0"),
     ],
 )

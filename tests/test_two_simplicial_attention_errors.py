@@ -47,6 +47,7 @@ BAD = {
     "w2 < 0": ({"w2": -(2**62)}, f"expected w2 to be at least 1, got -{2**62}"),
     "scale NaN": ({"scale": float("nan")}, "expected scale to be finite, got -?nan"),
     "scale infinite": ({"scale": float("inf")}, "expected scale to be finite, got inf"),
+    "scale beyond fp32": ({"scale": -1e39}, "expected scale to be within the range of float32, got -1e+39"),
     "determinant": ({"determinant": True}, "expected determinant to be False: the determinant form is not built yet"),
     "packed": ({"cu_seqlens": torch.int32}, "expected cu_seqlens to be None: packed sequences are not built yet"),
     "integers": ({"all": torch.int64}, "expected q to be float32, .* on {device}, got Long"),
@@ -90,8 +91,8 @@ def arguments(device, changes):
 
 
 def pattern(text):
-    """The error as a regex: everything literal but '.*' and '-?'."""
-    return re.escape(OP + text).replace(r"\.\*", ".*").replace(r"\-\?", "-?")
+    """The whole error's start as a regex: everything literal but '.*' and '-?'."""
+    return "^" + re.escape(OP + text).replace(r"\.\*", ".*").replace(r"\-\?", "-?")
 
 
 def tensors_at(place):

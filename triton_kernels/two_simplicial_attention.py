@@ -348,7 +348,7 @@ def two_simplicial_bwd_dkv(
 
 
 
-# Measured on an H100 (docs/kernels.md: what else was tried; tiles.py has more); elsewhere chosen by registers, spills and the
+# Measured on an H100 (docs/kernel_trials.md: what else was tried; tiles.py has more); elsewhere chosen by registers, spills and the
 # 99 KiB of shared memory of 8.6, 8.9 and 12.0, which every tile of sm80 and sm120f fits. A product of fp32 is three tf32
 # ones (or six bf16 ones), with operands and code to match.
 def _tile(kernel, arch: str, dtype: str, head_dim: int, share: int = 1) -> dict[str, int]:

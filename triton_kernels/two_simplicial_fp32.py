@@ -348,7 +348,7 @@ def two_simplicial_bwd_dq(
             gl.store(_row_ptrs(grad_q_ptr + heads * head_dim, head, head_dim, d), grad_q[c] * scale, mask=mask)
 
 
-# Measured on an H100: docs/kernels.md.
+# Measured on an H100: docs/kernel_trials.md.
 def _variant(kernel, head_dim: int, share: int) -> Variant:
     tile = {"BLOCK_M": 64, "BLOCK_N": 32 if head_dim == 128 else 64, "num_warps": 4}
     return Variant(kernel, "sm90a", {"dtype": "fp32", "HEAD_DIM": head_dim, "SHARE": share}, tile)

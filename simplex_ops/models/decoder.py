@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.models.config import DecoderConfig
-from simplex_ops.models.registry import make_layer
+from simplex_ops.models.registry import layer_names, make_layer
 
 
 class DecoderLM(nn.Module):
@@ -23,6 +23,9 @@ class DecoderLM(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        unknown = set(config.options) - set(layer_names())
+        if unknown:
+            raise ValueError(f"DecoderLM: expected options for layers among {layer_names()}, got {sorted(unknown)}")
         self.config = config
         # Rows of unit length, so that a tied head gives logits of order 1; scaled up to order 1 on the way in.
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -95,6 +98,12 @@ class DecoderLM(nn.Module):
         """
         if tokens.size(1) < 1:
             raise ValueError(f"generate: expected tokens to hold at least 1 token, got {tokens.size(1)}")
+        if count < 0:
+            raise ValueError(f"generate: expected count to be at least 0, got {count}")
+        if not temperature >= 0:  # NaN, too
+            raise ValueError(f"generate: expected temperature to be at least 0, got {temperature}")
+        if top_k < 0:
+            raise ValueError(f"generate: expected top_k to be at least 0, got {top_k}")
         if lengths is not None:
             return self._generate_behind(lengths, tokens, count, temperature, top_k)
         with torch.no_grad():
@@ -110,7 +119,11 @@ class DecoderLM(nn.Module):
     @torch.jit.unused
     @torch.no_grad()
     def _generate_behind(self, lengths: Tensor, tokens: Tensor, count: int, temperature: float, top_k: int) -> Tensor:
-        longest = tokens.size(1)
+        batch, longest = tokens.shape
+        if lengths.shape != (batch,):
+            raise ValueError(f"generate: expected lengths to have shape [{batch}], got {list(lengths.shape)}")
+        if batch and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+            raise ValueError(f"generate: expected lengths to be from 1 to {longest}, got {lengths.tolist()}")
         cache = self.new_cache(tokens.size(0), longest + count)
         ascending = torch.arange(longest, device=tokens.device)
         positions = torch.where(ascending < lengths[:, None], ascending, -1)

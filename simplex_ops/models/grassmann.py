@@ -88,6 +88,12 @@ class GrassmannLM(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each of ``tokens``; with a cache, ``position`` tokens came before these."""
+        most = self.positions.num_embeddings
+        # The embedding's own error names no argument and, on CUDA, ends the process. (An export may leave the length open.)
+        if not torch.compiler.is_compiling() and cu_seqlens is None and not 0 <= position <= most - tokens.size(1):
+            raise ValueError(
+                f"GrassmannLM: expected position and length to fit {most} positions, got {position} and {tokens.size(1)}"
+            )
         at = torch.arange(position, position + tokens.size(1), device=tokens.device)
         if cu_seqlens is not None:  # counted from the last text that starts at or before the token
             text = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True) - 1

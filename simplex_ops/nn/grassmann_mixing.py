@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from simplex_ops.nn.sizes import expect_positive
+
 
 class GrassmannMixing(nn.Module):
     r"""Causal, attention-free Grassmann mixing with projection and gate (arXiv 2512.19428, section 3).
@@ -54,8 +56,7 @@ class GrassmannMixing(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"GrassmannMixing: expected dim to be at least 1, got {dim}")
+        expect_positive("GrassmannMixing", dim=dim)
         if not 2 <= rank <= 128:
             raise ValueError(f"GrassmannMixing: expected rank to be from 2 to 128, got {rank}")
         if not offsets or min(offsets) < 1:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops.nn.keeps_dtype import KeepsDtype
-from simplex_ops.nn.rotary import frequencies, rotate
+from simplex_ops.nn.rotary import frequencies, like, rotate
+from simplex_ops.nn.sizes import expect_heads
 from simplex_ops.route_kv_append import route_kv_append_
 
 
@@ -35,23 +36,19 @@ class PositionedAttention(KeepsDtype):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or dim // heads
-        if heads % self.kv_heads:
-            raise ValueError(
-                f"PositionedAttention: expected heads to be a multiple of kv_heads ({self.kv_heads}), got {heads}"
-            )
+        self.heads = heads
+        self.kv_heads, self.head_dim = expect_heads("PositionedAttention", dim, heads, kv_heads, head_dim)
         if self.head_dim % 2:
             raise ValueError(f"PositionedAttention: expected head_dim to be even, got {self.head_dim}")
         self.wq = nn.Linear(dim, heads * self.head_dim, bias=False, device=device)
         self.wk = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False, device=device)
         self.wv = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False, device=device)
         self.wo = nn.Linear(heads * self.head_dim, dim, bias=False, device=device)
-        self.register_buffer("frequencies", frequencies(self.head_dim, rope_base).to(device), persistent=False)
+        self.register_buffer("frequencies", frequencies(self.head_dim, rope_base, device), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        turn = self.frequencies.to(torch.promote_types(x.dtype, torch.float32))
+        turn = like(self.frequencies, x)
         angles = positions[:, None, :, None] * turn
         q = rotate(q.transpose(1, 2), angles)
         if cache is None:

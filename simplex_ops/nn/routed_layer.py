@@ -57,8 +57,8 @@ class RoutedLayer(Reports, KeepsDtype):
         self.block = block
         self.capacity = capacity
         self.trim = False
-        self.register_buffer("threshold", torch.zeros((), device=device))
-        self.register_buffer("calibrations", torch.zeros((), device=device))
+        for name in self.kept:
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device))
 
     def new_cache(self, batch: int, max_length: int, slots: int | None = None) -> list[Tensor]:
         """The block's cache for `batch` texts of at most `max_length` tokens, of `slots` rows each: by default the share

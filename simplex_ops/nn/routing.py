@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from simplex_ops.causal_route_logits import causal_route_logits
 from simplex_ops.nn.routed_layer import Reports, RoutedLayer, expanded, positions_of, wide
+from simplex_ops.nn.sizes import expect_positive
 from simplex_ops.surprise_gate import surprise_gate
 
 
@@ -32,10 +33,9 @@ class PriorFFN(nn.Module):
         self, dim: int, width: float = 0.0625, *, norm_eps: float = 1e-6, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"PriorFFN: expected dim to be at least 1, got {dim}")
-        if width <= 0:
-            raise ValueError(f"PriorFFN: expected width to be above 0, got {width}")
+        expect_positive("PriorFFN", dim=dim)
+        if not 0 < width < math.inf:
+            raise ValueError(f"PriorFFN: expected width to be above 0 and finite, got {width}")
         hidden = 2 * math.ceil(math.ceil(width * dim) / 2)
         self.norm = nn.RMSNorm(dim, norm_eps, device=device)
         self.wi = nn.Linear(dim, 2 * hidden, bias=False, device=device)
@@ -57,8 +57,7 @@ class SurpriseGate(nn.Module):
 
     def __init__(self, window: int = 100, *, scheduled: bool = False, device: torch.device | str | None = None) -> None:
         super().__init__()
-        if window < 1:
-            raise ValueError(f"SurpriseGate: expected window to be at least 1, got {window}")
+        expect_positive("SurpriseGate", window=window)
         self.window = window
         self.scheduled = scheduled
         start = {"o_ce": math.log(math.expm1(1.025)), "m_cu": math.log(math.expm1(1.1))}
@@ -130,7 +129,8 @@ class DecisionLayer(Reports):
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Decision:
         positions = positions_of(x, positions)
         x_post = self.block(x, positions) if cache is None else self.block(x, positions, cache[:-2])
-        forecast = self.prior(x).to(x_post.dtype)
+        x_post = x_post.to(x.dtype)  # under autocast a block may return another one
+        forecast = self.prior(x).to(x.dtype)
         g, d_st, ce, cu = self.gate(x, x_post, x + forecast)
         if cache is not None:
             g, cu = self.gate.resume(d_st, ce, positions, cache[-2], cache[-1])
@@ -206,6 +206,7 @@ class MixtureOfDepthsLayer(RoutedLayer):
         self, block: nn.Module, dim: int, capacity: float = 0.5, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__(block, capacity, device)
+        expect_positive("MixtureOfDepthsLayer", dim=dim)
         self.router = nn.Linear(dim, 1, bias=False, device=device)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:

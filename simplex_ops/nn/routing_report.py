@@ -1,5 +1,7 @@
 """Losses, schedules and statistics of the routed layers inside any model, from the last forward pass of each."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,8 @@ def routing_loss(model: nn.Module, prior: float = 0.05, router: float = 0.01, ca
 
 def anneal_gates(model: nn.Module, progress: float, start: float = 0.1, end: float = 100.0) -> None:
     """Sets beta of the scheduled gates (STT) to ``start * (end / start) ** progress``: soft choices first, hard ones last."""
+    if math.isnan(progress):
+        raise ValueError(f"anneal_gates: expected progress to be a number, got {progress}")
     for module in model.modules():
         if isinstance(module, SurpriseGate) and module.scheduled:
             module.beta.fill_(start * (end / start) ** min(max(progress, 0.0), 1.0))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from simplex_ops.causal_route_logits import causal_route_logits
 from simplex_ops.nn.routed_layer import RoutedLayer, expanded, last_tokens, positions_of, wide
 from simplex_ops.nn.routing import PriorFFN, SurpriseGate
+from simplex_ops.nn.sizes import expect_positive
 from simplex_ops.routing import route_gather, route_replace
 
 
@@ -25,6 +26,7 @@ class CausalRouter(nn.Module):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
+        expect_positive("CausalRouter", dim=dim)
         self.weight = nn.Parameter(torch.empty(2 * dim, device=device).normal_(std=0.5 * dim**-0.5))
         self.bias = nn.Parameter(torch.zeros((), device=device))
 
@@ -84,8 +86,8 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         return self._teach(x, positions) if self.training and cache is None else self._follow(x, positions, cache)
 
     def _teach(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        x_post = self.block(x, positions_of(x, positions))
-        forecast = self.transition(x_post).to(x_post.dtype)
+        x_post = self.block(x, positions_of(x, positions)).to(x.dtype)  # another one, maybe, under autocast
+        forecast = self.transition(x_post).to(x.dtype)
         g, d_st, ce, cu = self.gate(x, x_post, x + forecast)
         idx, mask = self.top_k(g)
         logits = self.router(x.detach())
@@ -104,7 +106,7 @@ class SubjectiveTimescaleLayer(RoutedLayer):
         )
         if self.passes == 2:
             return self.run(x, idx, g, positions)
-        return route_replace(x, route_gather(x_post.to(x.dtype), idx), idx, g)
+        return route_replace(x, route_gather(x_post, idx), idx, g)
 
     def _follow(self, x: Tensor, positions: Tensor | None, cache: list[Tensor] | None) -> Tensor:
         prev = None if cache is None else cache[-1].to(x.dtype)

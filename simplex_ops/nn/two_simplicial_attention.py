@@ -1,7 +1,11 @@
 """Self-attention over pairs of earlier tokens, as a drop-in layer."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from simplex_ops.nn.sizes import expect_heads, expect_positive
 
 
 class TwoSimplicialAttention(nn.Module):
@@ -64,25 +68,14 @@ class TwoSimplicialAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("w1", w1), ("w2", w2)):
-            if value < 1:
-                raise ValueError(f"TwoSimplicialAttention: expected {name} to be at least 1, got {value}")
-        if heads % kv_heads:
-            raise ValueError(
-                f"TwoSimplicialAttention: expected heads to be a multiple of kv_heads ({kv_heads}), got {heads}"
-            )
-        if head_dim is None:
-            if dim % heads:
-                raise ValueError(
-                    f"TwoSimplicialAttention: expected dim to be a multiple of heads ({heads}) when head_dim is not "
-                    f"given, got {dim}"
-                )
-            head_dim = dim // heads
+        expect_positive("TwoSimplicialAttention", w1=w1, w2=w2)
+        kv_heads, head_dim = expect_heads("TwoSimplicialAttention", dim, heads, kv_heads, head_dim)
         if head_dim % 8 or not 8 <= head_dim <= 256:
             raise ValueError(
                 f"TwoSimplicialAttention: expected head_dim to be a multiple of 8 up to 256, got {head_dim}"
             )
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"TwoSimplicialAttention: expected scale to be finite, got {scale}")
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
@@ -112,10 +105,23 @@ class TwoSimplicialAttention(nn.Module):
         v1 = self.wv1(x).unflatten(-1, kv_shape)
         v2 = self.wv2(x).unflatten(-1, kv_shape)
         if cache is not None:
+            self._check_cache(cache[0], x.size(0), position, x.size(1))
             k1, k2, v1, v2 = _extend(cache[0], torch.stack((k1, k2, v1, v2)), position).unbind(0)
         # The dispatcher's op rather than the Python function: TorchScript compiles this line too.
         out = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, self.w1, self.w2, self.scale)[0]
         return self.wo(out.flatten(-2))
+
+    def _check_cache(self, ring: Tensor, batch: int, position: int, length: int) -> None:
+        if ring.size(1) != batch:
+            raise ValueError(f"TwoSimplicialAttention: expected a cache of {batch} sequences, got {ring.size(1)}")
+        if position < 0:
+            raise ValueError(f"TwoSimplicialAttention: expected position to be at least 0, got {position}")
+        window = ring.size(3)
+        if window < max(self.w1, self.w2) and position + length > window:
+            raise ValueError(
+                f"TwoSimplicialAttention: expected position and length to fit a cache of {window} tokens, "
+                f"got {position} and {length}"
+            )
 
     @torch.jit.export
     def new_cache(self, batch: int, max_length: int | None = None) -> list[Tensor]:
@@ -160,6 +166,9 @@ def _newest(ring: Tensor, position: int) -> Tensor:
 
 def _write(ring: Tensor, new: Tensor, position: int) -> None:
     window = ring.size(3)
+    if new.size(2) == 1:
+        ring.select(3, position % window).copy_(new)  # both copies, in one kernel
+        return
     end = position + new.size(2)
     rows = min(new.size(2), window)
     slots = torch.arange(end - rows, end, device=ring.device) % window

@@ -6,20 +6,20 @@ from torch import Tensor, nn
 
 from simplex_ops.models.config import DecoderConfig
 from simplex_ops.models.registry import register_mixer
-from simplex_ops.nn.rotary import frequencies, rotate
+from simplex_ops.nn.keeps_dtype import KeepsDtype
+from simplex_ops.nn.rotary import frequencies, like, rotate
+from simplex_ops.nn.sizes import expect_heads
 
 
-class DotProductAttention(nn.Module):
+class DotProductAttention(KeepsDtype):
     """Causal `scaled_dot_product_attention` with rotary positions and grouped key/value heads."""
 
+    kept = ("frequencies",)  # bfloat16 would turn far positions by other angles
     frequencies: Tensor
 
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, rope_base: float = 10000.0) -> None:
         super().__init__()
-        if heads % kv_heads:
-            raise ValueError(
-                f"DotProductAttention: expected heads to be a multiple of kv_heads ({kv_heads}), got {heads}"
-            )
+        expect_heads("DotProductAttention", dim, heads, kv_heads, head_dim)
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
@@ -32,10 +32,15 @@ class DotProductAttention(nn.Module):
     def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
         length = x.size(1)
         positions = torch.arange(position, position + length, device=x.device)
-        q, k, v = self._project(x, positions[:, None] * self.frequencies)
+        q, k, v = self._project(x, positions[:, None] * like(self.frequencies, x))
         mask: Tensor | None = None
         if cache is not None:
             rows = cache[0]
+            if position < 0 or position + length > rows.size(3):
+                raise ValueError(
+                    f"DotProductAttention: expected position and length to fit a cache of {rows.size(3)} tokens, "
+                    f"got {position} and {length}"
+                )
             rows[:, :, :, position : position + length] = torch.stack((k, v)).to(rows.dtype)
             k, v = rows[:, :, :, : position + length].to(q.dtype).unbind(0)
             # is_causal would align the mask with the first key instead of the last.
@@ -44,7 +49,7 @@ class DotProductAttention(nn.Module):
 
     @torch.jit.unused
     def at(self, x: Tensor, positions: Tensor, cache: list[Tensor] | None = None) -> Tensor:
-        q, k, v = self._project(x, positions[:, None, :, None] * self.frequencies)
+        q, k, v = self._project(x, positions[:, None, :, None] * like(self.frequencies, x))
         if cache is None:
             return self._attend(q, k, v, None)
         rows = cache[0]
