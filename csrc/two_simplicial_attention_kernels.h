@@ -81,19 +81,25 @@ struct Launch {
 
   // The kernels with scaled tiles (triton_kernels/two_simplicial_scaled*.py), both passes or none: S is rounded
   // elsewhere in the others, and a backward pass that differs from its forward in that takes the difference for a
-  // gradient. A warpgroup of theirs walks the short keys that any of its 64 rows sees: no waste where they are of one
-  // token, but where their tokens are many next to the window, more than is gained. The backward pass has work to do
-  // once per short key, which many rows must share, and leaves partial sums of the short gradients for each block of
-  // long keys, at most as large as all arguments and gradients (those of the long ones are not larger, or 268 MB).
+  // gradient. The backward pass has work to do once per short key, which many rows must share, and leaves partial sums
+  // of the short gradients for each block of long keys, at most as large as all arguments and gradients (those of the
+  // long ones are not larger, or 268 MB).
   bool scales() const {
     constexpr int64_t kRowsPerShortKey = 128;
     const int64_t block_n = scaled_keys();
     const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey || decode()) return false;
-    if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
-    if (p.group() % 8) return false;  // its copies are of 8 heads
+    if (p.group() % 8 || walks_less_skewed()) return false;  // its copies are of 8 heads
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
     return counts_fit && short_parts_fit(block_n);
+  }
+  // The 64 rows of a warpgroup are of `tokens` tokens. Scaled, it walks the short keys that any of them sees; skewed, a
+  // row's own, but whole tiles of long keys. Skewed tiles win from 15/16 of the pairs on (docs/kernel_trials.md).
+  bool walks_less_skewed() const {
+    const int64_t tokens = ceil_div(64, p.group());
+    const int64_t scaled = axes.w_long * (axes.w_short + tokens - 1);
+    const int64_t skewed = 64 * ceil_div(axes.w_long + 2 * tokens - 1, 64) * axes.w_short;
+    return tokens > 1 && skewed_dq() && 16 * scaled > 15 * skewed;
   }
   // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
   int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }

@@ -25,7 +25,9 @@ SHAPES = [
     (37, 40, 6, 2, 7, 20),
     (130, 130, 2, 2, 33, 6),
     (1, 17, 3, 1, 17, 5),
-    (64, 64, 64, 1, 64, 16),  # long keys that fill their tiles
+    (64, 64, 64, 1, 64, 16),  # long keys that fill their tiles; 16 of them in dkv
+    (64, 64, 64, 1, 64, 2),  # 32
+    (70, 70, 128, 1, 70, 1),  # 64
     (40, 50, 64, 1, 32, 9),  # 32 keys a tile
 ]
 
