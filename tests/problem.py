@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import reference
 import torch
 
+import simplex_ops  # noqa: F401  its ops
+
 NAMES = ("q", "k1", "k2", "v1", "v2")
 
 DTYPES = {"cpu": [torch.float32, torch.float64, torch.bfloat16]}
@@ -159,6 +161,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 def small(device, **changes):
     return draw(**{"n_q": 13, "n_k": 19, "kv_heads": 2, "device": device, "dtype": PRECISE[device], **changes})
+
+
+def op_names():
+    """simplex::X of every op, backward ops included."""
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("simplex::"))
 
 
 def leaves(problem):
