@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import reference
 import torch
 
-import simplex_ops  # noqa: F401  its ops
-
 NAMES = ("q", "k1", "k2", "v1", "v2")
 
 DTYPES = {"cpu": [torch.float32, torch.float64, torch.bfloat16]}

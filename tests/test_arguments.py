@@ -9,6 +9,8 @@ import torch
 from problem import DTYPES, op_names
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import simplex_ops  # noqa: F401  its ops
+
 GOOD = {  # shapes of floating tensors; a number in a list is a tensor of int32
     "causal_route_logits": ([(1, 4, 8), (16,), (1, 8)], []),
     "grassmann_blend": ([(2, 8)] * 3, []),
