@@ -78,8 +78,7 @@ class Args {
 
 // Enough programs for every multiprocessor of the largest GPU to hold several.
 constexpr int64_t kPrograms = 1024;
-// On Hopper: programs that run at a time, one on a multiprocessor, and what they may count on of an L2 cache of 50 MB.
-constexpr int64_t kResident = 128, kL2Bytes = 32 << 20;
+constexpr int64_t kL2Bytes = 32 << 20;  // what programs may count on of Hopper's L2 cache of 50 MB
 
 // How many tiles a program of two_simplicial_bwd_dq walks. Few spread the work; but a program of t tokens owns t +
 // w_short partial rows, so past kFreeBytes of them t is at least w_short / 8.
@@ -158,16 +157,17 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   const int64_t blocks = ceil_div(p.Nk, block_n);
   const int64_t short_rows = l.short_rows(block_n);
   // Each program takes a share of the short keys: a few of them for every multiprocessor. Where the rows that all
-  // programs read at a time would not fit the L2 cache, a share is as many as two blocks have keys: neighbours read the
-  // same rows.
+  // programs read at a time would not fit the L2 cache, a share is as many as two or four blocks have keys: neighbours
+  // read the same rows.
   const int64_t rows_bytes = 4 * l.axes.w_short * p.group() * p.D;
   const int64_t turn = 128 / block_n;  // short keys that a program takes at a time, half of them each warpgroup
   const int64_t span = std::min(short_rows, p.Nk + l.axes.w_short - 1);
+  const int64_t few_blocks = std::max<int64_t>(2 * block_n, 64);
   const auto too_large = [&](int64_t share) {
-    const bool thrashes = share > 2 * block_n && kResident * rows_bytes > kL2Bytes;
+    const bool thrashes = share > few_blocks && kResident * rows_bytes > kL2Bytes;
     return share > turn && (thrashes || blocks * heads * ceil_div(span, share) < 8 * kResident);
   };
-  int64_t share = 2 * block_n;
+  int64_t share = few_blocks;
   while (share < span) share *= 2;
   while (too_large(share)) share /= 2;
   const int64_t splits = ceil_div(span, share);
@@ -244,10 +244,36 @@ void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, c
   if (splits > 1) add_splits(l, grad, part_k, part_v, splits, block_n);
 }
 
+// out and lse, by parts where one program a row would be too few.
+void decode(const Launch& l, const Launch::Decode& plan, const Tensor& out, const Tensor& lse) {
+  const int64_t all_rows = l.rows * l.p.B * l.p.Hkv;
+  const bool whole = plan.parts == 1;
+  const Tensor part_out = whole ? lse : partial_sums(l, all_rows, plan.parts);
+  const Tensor part_lse = whole ? lse : empty_like_device(lse, {all_rows, plan.parts}, ScalarType::Float);
+  Args args(l, plan.kernel);
+  args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse);
+  args.pointer("part_out_ptr", part_out).pointer("part_lse_ptr", part_lse);
+  args.problem().integer("num_parts", plan.parts).integer("share", plan.share);
+  launch(plan.kernel, l.device, l.stream, l.grid(l.rows / plan.kernel["HEADS"] * plan.parts), args);
+  if (whole) return;
+  const Kernel& merge = kForwardMerge.find(l.device, {l.dtype, plan.kernel["HEAD_DIM"]});
+  launch(merge, l.device, l.stream, l.grid(l.rows),
+         Args(l, merge)
+             .pointer("part_out_ptr", part_out)
+             .pointer("part_lse_ptr", part_lse)
+             .pointer("out_ptr", out)
+             .pointer("lse_ptr", lse)
+             .integer("num_queries", l.p.Nq)
+             .integer("heads", l.p.Hq)
+             .integer("head_dim", l.p.D)
+             .integer("num_parts", plan.parts));
+}
+
 }  // namespace
 
 void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   const Launch l("two_simplicial_attention", p);
+  if (const auto plan = l.decode()) return decode(l, *plan, out, lse);
   const Kernel& kernel = l.forward();
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
          Args(l, kernel).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());

@@ -2,8 +2,10 @@
 // two_simplicial_attention_cuda.cpp launches them.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 #include "kernel.h"
@@ -14,6 +16,8 @@ namespace simplex {
 inline const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
 inline const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 inline const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
+inline const KernelFamily kForwardDecode("two_simplicial_fwd_decode", {"dtype", "HEAD_DIM", "HEADS"});
+inline const KernelFamily kForwardMerge("two_simplicial_fwd_merge", {"dtype", "HEAD_DIM"});
 inline const KernelFamily kBackwardQScaled("two_simplicial_bwd_dq_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 inline const KernelFamily kBackwardQSkewed("two_simplicial_bwd_dq_skewed", {"dtype", "HEAD_DIM"});
 inline const KernelFamily kBackwardKVSkewed("two_simplicial_bwd_dkv_skewed", {"dtype", "HEAD_DIM"});
@@ -38,6 +42,7 @@ struct Axes {
       : k_long(kl), v_long(vl), k_short(ks), v_short(vs), w_long(wl), w_short(ws) {}
 };
 
+constexpr int64_t kResident = 128;        // programs that run at a time on Hopper, where a multiprocessor holds one
 constexpr int64_t kFreeBytes = 64 << 20;  // of partial sums, at any size of the arguments
 constexpr int64_t kMostRowsPerToken = 8;  // of partial sums beyond that, in a chunk of rows: w_short / its tokens
 
@@ -84,20 +89,52 @@ struct Launch {
     constexpr int64_t kRowsPerShortKey = 128;
     const int64_t block_n = scaled_keys();
     const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
-    if (!kernel || axes.w_short * p.group() < kRowsPerShortKey) return false;
+    if (!kernel || axes.w_short * p.group() < kRowsPerShortKey || decode()) return false;
     if (axes.w_short < 8 * (ceil_div(64, p.group()) - 1)) return false;
     if (p.group() % 8) return false;  // its copies are of 8 heads
-    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
-    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
-    return counts_fit && 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
+    return counts_fit && short_parts_fit(block_n);
   }
   // Long keys of a scaled tile: a block of two tokens sees one more than the window holds.
   int64_t scaled_tile() const { return axes.w_long <= 32 ? 32 : 64; }
-  // Long keys of a program of dkv: few where windows are short, so that more of its tile is of use.
-  int64_t scaled_keys() const { return axes.w_long <= 32 ? 16 : 64; }
+  // Long keys of a tile of dkv, whose 64 lines are these with 64 / block_n short keys. It meets every row that sees any
+  // of its pairs, so a row meets (w_long + block_n) * (w_short + 64 / block_n): the least is fastest (docs/kernels.md).
+  int64_t scaled_keys() const {
+    const auto met = [&](int64_t n) { return (axes.w_long + n) * (axes.w_short + 64 / n); };
+    const int64_t most = met(32) <= met(64) && short_parts_fit(32) ? 32 : 64;
+    return met(16) < met(most) && short_parts_fit(16) ? 16 : most;
+  }
+  bool short_parts_fit(int64_t block_n) const {
+    const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
+    const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
+    return 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
+  }
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }
+
+  // How two_simplicial_fwd_decode spreads the pairs of a row: over `parts`, each of `share` long keys.
+  struct Decode {
+    const Kernel& kernel;
+    int64_t parts, share;
+  };
+  // For queries so few, next to their keys, that blocks of rows would leave most of the GPU or of their tiles idle. Its
+  // time grows with the rows, that of the others with the waves of their blocks.
+  std::optional<Decode> decode() const {
+    const int64_t all_rows = rows * p.B * p.Hkv;
+    const int64_t waves = ceil_div(ceil_div(rows, 128) * p.B * p.Hkv, kResident);
+    const int64_t heads = p.group() % 4 ? 1 : 4;
+    if (portable_only() || 4 * p.Nq > p.Nk || all_rows > (heads == 4 ? 40 : 25) * kResident * waves) return {};
+    const Kernel* kernel = kForwardDecode.find_if(device, {dtype, std::max<int64_t>(head_dim, 64), heads});
+    if (!kernel) return {};
+    const int64_t block_n = (*kernel)["BLOCK_N"];
+    const int64_t chunks = ceil_div(axes.w_short, (*kernel)["OFFSETS"]);
+    const int64_t tiles = ceil_div(axes.w_long, block_n);
+    const int64_t splits = std::clamp<int64_t>(2 * kResident * heads / (all_rows * chunks), 1, tiles);
+    const int64_t share = ceil_div(tiles, splits) * block_n;
+    const int64_t parts = chunks * ceil_div(axes.w_long, share);
+    if (parts > 1 && all_rows * parts * p.D * int64_t{sizeof(float)} > kFreeBytes) return {};
+    return Decode{*kernel, parts, share};
+  }
 
   // Hopper has kernels for fewer heads, too (two_simplicial_skewed*.py), which round as the portable ones.
   const Kernel& forward() const {

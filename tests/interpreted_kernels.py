@@ -5,6 +5,7 @@ from problem import draw, evaluate
 from reference import two_simplicial_attention as reference
 
 from triton_kernels import two_simplicial_attention as kernels
+from triton_kernels import two_simplicial_decode
 from triton_kernels import two_simplicial_partial_sums as partial_sums
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -14,8 +15,23 @@ def strides(**tensors):
     return {f"stride_{name}{d}": t.stride(i) for name, t in tensors.items() for i, d in enumerate("bnh")}
 
 
-def run(problem, head_dim, share, chunk_tiles, num_splits):
-    """out, lse and the gradients, by the launches that csrc/two_simplicial_attention.cpp makes."""
+def run_decode(shared, out, lse, keys, heads, offsets):
+    """The forward pass of few queries, each part with `keys` of the long window."""
+    batch, n_q, q_heads, dim = out.shape
+    parts = -(-shared["w_short"] // offsets) * -(-shared["w_long"] // keys)
+    rows = batch * q_heads * n_q
+    part_out, part_lse = torch.full((rows, parts, dim), float("nan")), torch.full((rows, parts), float("nan"))
+    outputs = dict(part_out_ptr=part_out, part_lse_ptr=part_lse, out_ptr=out, lse_ptr=lse, num_parts=parts)
+    tile = dict(HEAD_DIM=16, HEADS=heads, OFFSETS=offsets, BLOCK_N=16)
+    two_simplicial_decode.two_simplicial_fwd_decode[(rows // heads * parts,)](share=keys, **outputs, **shared, **tile)
+    if parts > 1:
+        two_simplicial_decode.two_simplicial_fwd_merge[(rows,)](
+            num_queries=n_q, heads=q_heads, head_dim=dim, HEAD_DIM=16, BLOCK_PARTS=2, **outputs
+        )
+
+
+def run(problem, head_dim, share, chunk_tiles, num_splits, decode):
+    """out, lse and the gradients, by the launches that csrc/two_simplicial_attention_cuda.cpp makes."""
     q, k_long, k_short, v_long, v_short = problem.inputs
     (batch, n_q, heads, dim), (_, n_k, kv_heads, _) = q.shape, k_long.shape
     group, w_long, w_short = heads // kv_heads, min(problem.w1, n_k), min(problem.w2, n_k)
@@ -31,7 +47,10 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
         return torch.full(shape, float("nan"), dtype=dtype)
 
     out, lse = torch.full_like(q, float("nan")).contiguous(), nan(batch, heads, n_q)
-    kernels.two_simplicial_fwd[(tiles * bh,)](out_ptr=out, lse_ptr=lse, SHARE=share, **shared, **constants)
+    if decode:
+        run_decode(shared, out, lse, **decode)
+    else:
+        kernels.two_simplicial_fwd[(tiles * bh,)](out_ptr=out, lse_ptr=lse, SHARE=share, **shared, **constants)
 
     grad_out, grad_lse = problem.grad_out, problem.grad_lse
     chunks, span = -(-tiles // chunk_tiles), -(-chunk_tiles * 16 // group) + w_short
@@ -60,12 +79,12 @@ def run(problem, head_dim, share, chunk_tiles, num_splits):
     return [out, lse, *grads]
 
 
-def run_case(head_dim=16, share=1, chunk_tiles=1, num_splits=1, dtype="float32", **case):
+def run_case(head_dim=16, share=1, chunk_tiles=1, num_splits=1, decode=None, dtype="float32", **case):
     """{output: relative error}."""
     problem = draw(dtype=getattr(torch, dtype), **case)
     names = ["out", "lse", *(f"grad_{x}" for x in ("q", "k1", "k2", "v1", "v2"))]
     truth = evaluate(reference, problem, torch.float64)
     errors = {}
-    for name, actual in zip(names, run(problem, head_dim, share, chunk_tiles, num_splits), strict=True):
+    for name, actual in zip(names, run(problem, head_dim, share, chunk_tiles, num_splits, decode), strict=True):
         errors[name] = ((actual.double() - truth[name]).norm() / (truth[name].norm() + 1e-30)).item()
     return errors

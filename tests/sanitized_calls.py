@@ -15,13 +15,16 @@ import torch
 
 import simplex_ops
 
-# (Nq, Nk, Hq, Hkv, w1, w2): tiles inside one token, a group over a tile, odd ratio, MHA with several splits, decode.
+# (Nq, Nk, Hq, Hkv, w1, w2): tiles inside one token, decoding, a group over a tile, several parts, odd ratio, MHA with several
+# splits, decoding with one head at a time.
 SHAPES = [
     (3, 3, 64, 1, 3, 2),
     (2, 9, 96, 1, 9, 9),
+    (9, 9, 96, 1, 9, 9),
+    (1, 300, 8, 2, 300, 40),
     (37, 40, 6, 2, 7, 20),
     (130, 130, 2, 2, 33, 6),
-    (1, 17, 4, 1, 17, 5),
+    (1, 17, 3, 1, 17, 5),
     (64, 64, 64, 1, 64, 16),  # long keys that fill their tiles
     (40, 50, 64, 1, 32, 9),  # 32 keys a tile
 ]

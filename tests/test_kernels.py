@@ -40,6 +40,11 @@ CASES = {
     "padded head_dim, negative scale": dict(n_k=20, ratio=4, dim=8, w1=7, w2=7, scale=-0.6),
     "zero scale": dict(n_k=17, ratio=2, w1=16, w2=3, scale=0.0, grad_lse=False),
     "fp16": dict(n_k=20, ratio=8, w1=12, w2=3, dtype="float16"),
+    "decode": dict(n_q=1, n_k=40, ratio=4, w1=40, w2=9, decode=dict(heads=4, offsets=4, keys=16)),
+    "decode, one part": dict(n_q=3, n_k=20, ratio=1, kv_heads=2, w1=17, w2=3, decode=dict(heads=1, offsets=4, keys=32)),
+    "decode, empty parts": dict(
+        n_q=6, n_k=6, ratio=4, w1=50, w2=6, scale=-0.5, decode=dict(heads=2, offsets=2, keys=16)
+    ),
 }
 
 
@@ -91,7 +96,9 @@ def test_launches_name_their_arguments_in_order(manifest):
     found = 0
     for path in sorted((ROOT / "csrc").glob("*.cpp")):
         source = path.read_text()
-        launched = [f" {' '.join(names)} " for family, names in orders.items() if f'"{family}"' in source]
+        headers = re.findall(r'#include "(.*)"', source)  # families may be named in one
+        text = source + "".join((ROOT / "csrc" / header).read_text() for header in headers)
+        launched = [f" {' '.join(names)} " for family, names in orders.items() if f'"{family}"' in text]
         known = set(" ".join(launched).split())
         for names in argument_lists(source):
             if known.issuperset(names):

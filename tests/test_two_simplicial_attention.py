@@ -119,6 +119,30 @@ def test_drawn_problems(drawn):
     check(op, drawn, atol=4 * FLOOR[drawn.dtype])
 
 
+@pytest.mark.parametrize("ratio", [1, 6, 64])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "w1", "w2"),
+    [(1, 600, 512, 32), (3, 200, 128, 70), (2, 300, 20, 300), (1, 5, 512, 32), (16, 90, 17, 3)],
+)
+def test_decoding(device, n_q, n_k, w1, w2, ratio):
+    """Few queries: on a GPU their pairs are spread over programs. Twice the same bits, whatever the programs' order."""
+    for dtype in DTYPES[device]:
+        drawn = draw(n_q=n_q, n_k=n_k, kv_heads=2, ratio=ratio, dim=72, w1=w1, w2=w2, dtype=dtype, device=device)
+        first = check(op, drawn)
+        for name, x in evaluate(op, drawn).items():
+            assert_same_bits(x, first[name], name)
+
+
+def test_decoding_does_not_depend_on_the_number_of_parts(device):
+    """One sequence is spread over more programs than many are: the same numbers up to rounding."""
+    for dtype in DTYPES[device]:
+        drawn = draw(batch=64, n_q=1, n_k=520, kv_heads=1, ratio=16, dim=64, w1=512, w2=32, dtype=dtype, device=device)
+        out, lse = op(*drawn.inputs, drawn.w1, drawn.w2)
+        alone, lse_alone = op(*(x[:1] for x in drawn.inputs), drawn.w1, drawn.w2)
+        torch.testing.assert_close(out[:1].double(), alone.double(), atol=2 * FLOOR[dtype], rtol=2 * FLOOR[dtype])
+        torch.testing.assert_close(lse[:1], lse_alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "shape", [dict(w1=128, w2=16, n_k=129), dict(w1=16, w2=64, n_k=300, n_q=70), dict(w1=33, w2=33, n_k=40)]
 )

@@ -55,6 +55,15 @@ def test_choice_of_the_kernels(dtype, ratio, w, kind, dkv_kind):
     } <= names
 
 
+@pytest.mark.parametrize(("n_q", "kind"), [(1, "_decode"), (17, "_decode"), (18, "_scaled")])
+def test_choice_for_few_queries(n_q, kind):
+    problem = draw(n_q=n_q, n_k=70, ratio=64, dim=64, w1=64, w2=16, dtype=torch.bfloat16, device="cuda", batch=1)
+    evaluate(op, problem)
+    names = kernels_of(lambda: evaluate(op, problem))
+    backward = "_scaled" if kind == "_scaled" else "_skewed"
+    assert {f"two_simplicial_fwd{kind}", f"two_simplicial_bwd_dq{backward}"} <= names
+
+
 @pytest.mark.parametrize("ratio", [1, 3, 4, 6, 8, 70])
 @pytest.mark.parametrize(
     ("n_q", "n_k", "w"),
@@ -78,11 +87,15 @@ def test_skewed_kernels(dtype, dim, n_q, n_k, w, ratio):
 @pytest.mark.parametrize(
     ("n_q", "ratio", "w"),
     [
-        (150, 64, (90, 24)),
+        (150, 64, (140, 4)),  # 64 keys a tile of dkv
+        (150, 128, (150, 2)),
+        (150, 64, (150, 6)),  # 32
+        (150, 128, (5, 130)),
+        (150, 64, (90, 24)),  # 16 from here on
         (150, 128, (16, 64)),
         (150, 32, (70, 33)),
         (150, 8, (140, 40)),
-        (150, 64, (32, 20)),  # 32 keys a tile, 16 in the gradients of keys, from here on
+        (150, 64, (32, 20)),  # and 32 keys a tile in the other kernels
         (150, 8, (31, 17)),
         (70, 16, (32, 32)),
         (150, 64, (32, 32)),
@@ -103,6 +116,7 @@ def test_gradients(dtype, dim, n_q, ratio, w):
     [
         (4, 1024, 16, (32, 20)),
         (2, 1024, 8, (70, 60)),
+        (1, 500, 64, (300, 8)),
     ],
 )
 def test_programs_that_take_several_short_keys(batch, n_k, ratio, w):
