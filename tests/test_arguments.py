@@ -36,13 +36,14 @@ OTHERS = {
 }
 
 
-def good_call(name, device):
-    """Arguments by name; those of X_backward as autograd puts them together."""
+def good_call(name, device, larger=False):
+    """Arguments by name; those of X_backward as autograd puts them together. `larger`: the rows have 12 elements, not 8."""
     op = getattr(torch.ops.simplex, name.removesuffix("_backward"))
 
     def make(argument):
         if isinstance(argument, tuple):
-            return torch.rand(argument, device=device)
+            sizes = [{4: 6, 8: 12, 16: 24}.get(size, size) if larger else size for size in argument]
+            return torch.rand(sizes, device=device)
         if isinstance(argument, str):
             values, dtype = OTHERS[argument]
             return torch.tensor(values, dtype=dtype, device=device)
@@ -73,8 +74,8 @@ def refusals(name, device, wrong):
             continue
         call = good_call(name, device)
         call[argument] = wrong(tensor)
-        if call[argument].is_meta and not any(x.device.type == device for x in call.values() if torch.is_tensor(x)):
-            continue  # the only tensor: it is the others' device that would be wrong
+        if call[argument].device != tensor.device and sum(torch.is_tensor(x) for x in call.values()) == 1:
+            continue  # it is the others' device that would be wrong
         with pytest.raises((RuntimeError, ValueError)) as error:
             op(**call)
         assert re.match(rf"{name}: expected .*\b{argument}\b", str(error.value)), (argument, str(error.value))
@@ -98,3 +99,29 @@ def test_rank_and_dtype(place, name):
 def test_device(device, name):
     """On the CPU by the fakes, which serve a call with a tensor on the meta device."""
     refusals(name, device, lambda x: x.to("meta") if device == "cpu" else x.cpu())
+
+
+ROWS_OF_8 = [
+    "causal_route_logits",
+    "route_gather",
+    "route_kv_append_",
+    "route_replace",
+    "route_scatter_add",
+    "surprise_gate",
+]
+
+
+@pytest.mark.parametrize("name", ROWS_OF_8)
+@pytest.mark.parametrize("place", [pytest.param("cuda", marks=pytest.mark.gpu), "fake"])
+def test_rows_of_whole_vectors_on_cuda(place, name):
+    with FakeTensorMode() if place == "fake" else nullcontext():
+        call = good_call(name, "cuda", larger=True)
+        with pytest.raises(
+            (RuntimeError, ValueError), match=rf"^{name}: expected .* to be a multiple of 8 on cuda, got 12"
+        ):
+            getattr(torch.ops.simplex, name)(**call)
+
+
+@pytest.mark.parametrize("name", ROWS_OF_8)
+def test_any_rows_on_the_cpu(name):
+    getattr(torch.ops.simplex, name)(**good_call(name, "cpu", larger=True))
