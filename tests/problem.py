@@ -161,6 +161,11 @@ def small(device, **changes):
     return draw(**{"n_q": 13, "n_k": 19, "kv_heads": 2, "device": device, "dtype": PRECISE[device], **changes})
 
 
+def op_names():
+    """simplex::X of every op, backward ops included."""
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("simplex::"))
+
+
 def leaves(problem):
     return [x.clone().requires_grad_() for x in problem.inputs]
 

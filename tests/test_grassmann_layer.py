@@ -134,7 +134,9 @@ def test_bad_input(device, fake, case):
             op(*tensors, OFFSETS)
 
 
-def test_bad_input_of_backward(device):
+@pytest.mark.parametrize("fake", [False, True])
+def test_bad_input_of_backward(device, fake):
+    device = "meta" if fake else device
     x, w_reduce, _, w_expand, _, w_gate, *_ = (torch.zeros(shape, device=device) for shape in sizes(2, 6, 8, 4))
     z = torch.zeros(2, 6, 4, device=device)
     for grad, this_z, error in (

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from problem import NAMES, assert_truth, backward, grads_of, leaves, small, truth_of
+from problem import NAMES, assert_truth, backward, grads_of, leaves, op_names, small, truth_of
 from torch.utils.checkpoint import checkpoint
 
 import simplex_ops
@@ -23,18 +23,13 @@ overload_backward = torch.ops.simplex.two_simplicial_attention_backward.default
 # Registration
 
 
-def simplex_ops_by_name():
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted(name for name in names if name.startswith("simplex::"))
-
-
 def differentiable_ops():
     """The others choose: what they return are indices."""
-    names = simplex_ops_by_name()
+    names = op_names()
     return [name for name in names if f"{name}_backward" in names]
 
 
-@pytest.mark.parametrize("name", simplex_ops_by_name())
+@pytest.mark.parametrize("name", op_names())
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
 def test_every_op_has_every_kernel(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
@@ -73,7 +68,7 @@ WRITING = {  # name: a call of an op that writes, the arguments that it writes t
 
 
 def test_every_op_that_writes_is_known_here():
-    schemas = {name: getattr(torch.ops.simplex, name.split("::")[1]).default._schema for name in simplex_ops_by_name()}
+    schemas = {name: getattr(torch.ops.simplex, name.split("::")[1]).default._schema for name in op_names()}
     writing = {
         name.split("::")[1]: [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
         for name, schema in schemas.items()

@@ -179,6 +179,7 @@ BAD = [
     ({"values": (2, 5, 2, 8)}, "values to have shape [2, 6, 2, 8] (batch of k, the capacity of keys, heads and head_dim of k), got"),
     ({"values": torch.bfloat16}, "values to have the dtype of k (Float), got BFloat16"),
     ({"keys": "strided"}, "keys to be contiguous, got strides that are not"),
+    ({"count": "strided"}, "count to be contiguous, got strides that are not"),
     ({"count": (3,)}, "count to have shape [2] (batch of k), got [3]"),
     ({"count": torch.int64}, "count to have dtype Int, got Long"),
     ({"positions": (2, 4)}, "positions to have shape [2, 3] (batch, slots of k), got [2, 4]"),
@@ -199,7 +200,8 @@ def test_bad_input(place, changes, error):
         dtype = change if isinstance(change, torch.dtype) else dtype
         shape = change if isinstance(change, tuple) else shape
         if change == "strided":
-            return torch.empty_strided(shape, (96, 8, 48, 1), dtype=dtype, device=place.split()[-1])
+            strides = (96, 8, 48, 1) if len(shape) == 4 else (2,)
+            return torch.empty_strided(shape, strides, dtype=dtype, device=place.split()[-1])
         return torch.zeros(shape, dtype=dtype, device=place.split()[-1])
 
     with (

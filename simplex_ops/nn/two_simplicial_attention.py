@@ -46,7 +46,8 @@ class TwoSimplicialAttention(nn.Module):
         ValueError: for a bad size, naming the argument, its value and what was expected.
         RuntimeError: from the op, for an unsupported dtype or device.
 
-    Decoding keeps the last ``max(w1, w2)`` keys and values, whatever the length of the text::
+    Decoding (under ``torch.no_grad()``, else the cache keeps the graph of every step) keeps the last ``max(w1, w2)`` keys and
+    values, whatever the length of the text::
 
         cache = layer.new_cache(batch)
         y = layer(prompt, cache, 0)  # [batch, n, dim]
