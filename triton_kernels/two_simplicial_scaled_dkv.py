@@ -348,7 +348,7 @@ def two_simplicial_bwd_dkv_scaled(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md. The shorter the long window and the longer the short one, the fewer long keys.
+# Measured on an H100: docs/kernel_trials.md. The shorter the long window and the longer the short one, the fewer long keys.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dkv_scaled,

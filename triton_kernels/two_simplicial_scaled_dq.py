@@ -183,7 +183,7 @@ def two_simplicial_bwd_dq_scaled(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md. 32 keys a tile are for windows that reach no further.
+# Measured on an H100: docs/kernel_trials.md. 32 keys a tile are for windows that reach no further.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dq_scaled,

@@ -325,7 +325,7 @@ def two_simplicial_fwd_skewed(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md.
+# Measured on an H100: docs/kernel_trials.md.
 VARIANTS = [
     Variant(
         two_simplicial_fwd_skewed,

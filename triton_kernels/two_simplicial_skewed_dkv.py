@@ -279,7 +279,7 @@ def two_simplicial_bwd_dkv_skewed(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md. BLOCK_M: as many rows as the helper loads at once, 16 bytes a thread.
+# Measured on an H100: docs/kernel_trials.md. BLOCK_M: as many rows as the helper loads at once, 16 bytes a thread.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dkv_skewed,

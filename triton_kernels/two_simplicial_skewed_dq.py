@@ -305,7 +305,7 @@ def two_simplicial_bwd_dq_skewed(
     )  # fmt: skip
 
 
-# Measured on an H100: docs/kernels.md.
+# Measured on an H100: docs/kernel_trials.md.
 VARIANTS = [
     Variant(
         two_simplicial_bwd_dq_skewed,
