@@ -45,7 +45,7 @@ Tensor mixed(const PluckerMean& p, const Tensor& weight, const std::optional<Ten
   if (const auto g = mixed_in_registers(p, weight, bias, bias_everywhere)) {
     return reinterpreted(*g, {p.B, length, d}, {length * d, d, 1});
   }
-  const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p));
+  const auto [pbar, seen] = plucker_mean_forward(p, plucker_frames(p, false));
   const Tensor rows = linear(pbar, weight, bias);
   const Tensor g = reinterpreted(rows, {p.B, length, d}, {length * d, d, 1});
   if (!bias || bias_everywhere) return g;
@@ -72,7 +72,7 @@ std::pair<Tensor, Tensor> mix_gradients(const PluckerMean& p, const Tensor& grad
   if (auto gradients = gradients_in_registers(p, grad, weight, bias_everywhere, grad_z)) return *gradients;
   Tensor grad_weight = empty_like_device(p.z, {d, p.planes()}, p.dtype);
   Tensor grad_bias = empty_like_device(p.z, {d}, p.dtype);
-  const PluckerFrames frames = plucker_frames(p);
+  const PluckerFrames frames = plucker_frames(p, true);
   auto [pbar, seen] = plucker_mean_forward(p, frames);
   if (bias_everywhere) torch::stable::fill_(seen, 1.0);
   multiply(transposed(grad), pbar, grad_weight);

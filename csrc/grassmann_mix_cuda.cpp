@@ -12,7 +12,7 @@ const KernelFamily kStart("grassmann_mix_start", {"dtype"});
 const KernelFamily kForward("grassmann_mix_fwd", {"dtype"});
 const KernelFamily kBackwardFrame("grassmann_mix_bwd_frame", {"dtype"});
 const KernelFamily kBackwardWeight("grassmann_mix_bwd_weight", {"dtype"});
-const KernelFamily kBackwardWeightSum("grassmann_mix_bwd_weight_sum", {"dtype"});
+const KernelFamily kFinish("grassmann_mix_finish", {"dtype"});
 
 constexpr int64_t kWidth = 32;     // of the frames: r, padded
 constexpr int64_t kColumns = 512;  // of the weight in the order of the tiles, 64 each
@@ -25,20 +25,21 @@ TensorDescriptor matrix(const Tensor& t) { return {t.const_data_ptr(), {t.size(0
 // One call's device, stream and frames.
 class Launch {
  public:
-  Launch(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias)
+  Launch(const PluckerMean& p, const Tensor& weight, const std::optional<Tensor>& bias, bool for_backward)
       : p_(p),
         d_(weight.size(0)),
         device_(p.z.get_device_index()),
         stream_(current_cuda_stream(device_)),
         columns_(empty_like_device(p.z, {d_, kColumns}, p.dtype)) {
     const Tensor w = packed(weight), b = packed(bias ? *bias : weight);
-    frames_ = plucker_frames(p_, {&kStart.find(device_, {dtype_constant(p.z)}),
-                                  static_cast<unsigned>(d_),
-                                  {{"weight_ptr", w.const_data_ptr()},
-                                   {"bias_ptr", b.const_data_ptr()},
-                                   {"has_bias", static_cast<int32_t>(bias.has_value())},
-                                   {"columns_ptr", columns_.const_data_ptr()},
-                                   {"r", static_cast<int32_t>(p.r)}}});
+    frames_ = plucker_frames(p_, for_backward,
+                             {&kStart.find(device_, {dtype_constant(p.z)}),
+                              static_cast<unsigned>(d_),
+                              {{"weight_ptr", w.const_data_ptr()},
+                               {"bias_ptr", b.const_data_ptr()},
+                               {"has_bias", static_cast<int32_t>(bias.has_value())},
+                               {"columns_ptr", columns_.const_data_ptr()},
+                               {"r", static_cast<int32_t>(p.r)}}});
   }
 
   static bool serves(const PluckerMean& p, int64_t d) {
@@ -60,21 +61,14 @@ class Launch {
          {"bias_everywhere", static_cast<int32_t>(bias_everywhere)}});
   }
 
-  void backward_frame(const Tensor& grad_g, const Tensor& grad_z) const {
-    const Tensor turn = empty_like_device(p_.z, {2 * kWidth, frames_.frame->size(1)}, ScalarType::Float);
-    run(kBackwardFrame, [&](const Kernel&) { return Grid{blocks(p_.tokens(), 2 * kTile), 1}; },
-        {{"frame_desc", of_tokens(*frames_.frame)},
-         {"weight_desc", matrix(columns_)},
-         {"grad_g_desc", matrix(grad_g)},
-         {"turn_desc", of_tokens(turn)}});
-    plucker_mean_backward_token(p_, frames_, turn, grad_z);
-  }
-
-  std::pair<Tensor, Tensor> backward_weight(const Tensor& grad_g, bool bias_everywhere) const {
+  // With respect to weight and bias; that to z is written to grad_z.
+  std::pair<Tensor, Tensor> backward(const Tensor& grad_g, bool bias_everywhere, const Tensor& grad_z) const {
     // As many parts of the sum over tokens as fill the GPU, of whole tiles of tokens.
     const int64_t groups = kColumns / (2 * kTile), tiles = blocks(p_.tokens(), kTile);
     const int64_t share = blocks(tiles, kProcessors / groups), num_parts = blocks(tiles, share);
+    // Neither may take the other's memory: the two kernels run side by side.
     const Tensor part = empty_like_device(p_.z, {num_parts, kColumns, d_}, ScalarType::Float);
+    const Tensor turn = empty_like_device(p_.z, {2 * kWidth, frames_.frame->size(1)}, ScalarType::Float);
     run(kBackwardWeight, [&](const Kernel&) { return Grid{groups, num_parts}; },
         {{"frame_desc", of_tokens(*frames_.frame)},
          {"grad_g_desc", matrix(grad_g)},
@@ -83,16 +77,24 @@ class Launch {
          {"share", static_cast<int32_t>(share * kTile)},
          {"d", static_cast<int32_t>(d_)},
          {"bias_everywhere", static_cast<int32_t>(bias_everywhere)}});
+    run(kBackwardFrame, [&](const Kernel&) { return Grid{blocks(p_.tokens(), 2 * kTile), 1}; },
+        {{"frame_desc", of_tokens(*frames_.frame)},
+         {"weight_desc", matrix(columns_)},
+         {"grad_g_desc", matrix(grad_g)},
+         {"turn_desc", of_tokens(turn)}});
     const Tensor grad_weight = empty_like_device(p_.z, {d_, p_.planes()}, p_.dtype);
     const Tensor grad_bias = empty_like_device(p_.z, {d_}, p_.dtype);
-    run(kBackwardWeightSum,
-        [&](const Kernel& kernel) { return Grid{kColumns / kernel["BLOCK_C"], blocks(d_, kernel["BLOCK_D"])}; },
-        {{"part_ptr", part.const_data_ptr()},
-         {"grad_weight_ptr", grad_weight.const_data_ptr()},
-         {"grad_bias_ptr", grad_bias.const_data_ptr()},
-         {"num_parts", static_cast<int32_t>(num_parts)},
-         {"d", static_cast<int32_t>(d_)},
-         {"r", static_cast<int32_t>(p_.r)}});
+    const Kernel& finish = kFinish.find(device_, {dtype_constant(p_.z)});
+    const int64_t sums = kColumns / finish["BLOCK_C"] * (d_ / 8);
+    plucker_mean_backward_token(p_, frames_, turn, grad_z,
+                                {&finish,
+                                 static_cast<unsigned>(sums),
+                                 {{"part_ptr", part.const_data_ptr()},
+                                  {"grad_weight_ptr", grad_weight.const_data_ptr()},
+                                  {"grad_bias_ptr", grad_bias.const_data_ptr()},
+                                  {"num_parts", static_cast<int32_t>(num_parts)},
+                                  {"d", static_cast<int32_t>(d_)},
+                                  {"r", static_cast<int32_t>(p_.r)}}});
     return {grad_weight, grad_bias};
   }
 
@@ -126,7 +128,7 @@ std::optional<Tensor> mixed_in_registers(const PluckerMean& p, const Tensor& wei
                                          bool bias_everywhere) {
   const int64_t d = weight.size(0);
   if (!Launch::serves(p, d)) return std::nullopt;
-  const Launch launch(p, weight, bias);
+  const Launch launch(p, weight, bias, false);
   const Tensor g = empty_like_device(p.z, {p.outputs(), d}, p.dtype);
   launch.forward(g, bias_everywhere);
   return g;
@@ -137,10 +139,7 @@ std::optional<std::pair<Tensor, Tensor>> gradients_in_registers(const PluckerMea
                                                                 const Tensor& grad_z) {
   const int64_t d = weight.size(0);
   if (!Launch::serves_backward(p, d)) return std::nullopt;
-  const Launch launch(p, weight, std::nullopt);
-  auto gradients = launch.backward_weight(grad_g, bias_everywhere);
-  launch.backward_frame(grad_g, grad_z);
-  return gradients;
+  return Launch(p, weight, std::nullopt, true).backward(grad_g, bias_everywhere, grad_z);
 }
 
 }  // namespace simplex

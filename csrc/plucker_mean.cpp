@@ -87,11 +87,10 @@ class Launch {
                    p.tokens());
   }
 
-  const Kernel& of_head_dim(const KernelFamily& family) const { return family.find(device_, {dtype_, head_dim()}); }
-
-  // A kernel that pairs tokens. `more`: what further programs of it do.
-  void pairs(const Kernel& kernel, const PluckerFrames& frames, std::initializer_list<Arg> own,
-             const MorePrograms& more = {}) const {
+  // A kernel that pairs tokens, or the one in its place that has more programs.
+  void pairs(const KernelFamily& family, const PluckerFrames& frames, std::initializer_list<Arg> own,
+             const MorePrograms& more) const {
+    const Kernel& kernel = more.kernel ? *more.kernel : family.find(device_, {dtype_, head_dim()});
     int32_t o[kFewOffsets] = {};
     if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
     std::vector<Arg> args = {{"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
@@ -99,6 +98,7 @@ class Launch {
                              {"offsets_ptr", (frames.offsets ? *frames.offsets : p_.z).const_data_ptr()}};
     for (size_t i = 0; i < kFewOffsets; ++i) args.push_back({kOffsetNames[i], o[i]});
     args.push_back({"frame_ptr", frames.frame->const_data_ptr()});
+    args.push_back({"pairs_ptr", (frames.pairs ? *frames.pairs : *frames.frame).const_data_ptr()});
     args.insert(args.end(), own);
     args.insert(args.end(), {{"num_tokens", as_i32(p_.outputs())},
                              {"length", as_i32(p_.L)},
@@ -194,30 +194,34 @@ void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tens
 }  // namespace
 
 void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
-                                 const Tensor& grad_z) {
+                                 const Tensor& grad_z, const MorePrograms& more) {
   const Launch launch(p);
   const int64_t width = padded(p.r);
   // The kernel writes 16 bytes at a time.
   const bool direct =
       width == p.r && grad_z.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(grad_z.const_data_ptr()) % 16 == 0;
   const Tensor rows = direct ? grad_z : empty_like_device(p.z, {p.tokens(), width}, p.dtype);
-  launch.pairs(launch.of_head_dim(kBackwardToken), frames,
+  launch.pairs(kBackwardToken, frames,
                {{"turn_ptr", turn.const_data_ptr()},
                 {"grad_z_ptr", rows.const_data_ptr()},
-                {"grad_stride", as_i32(rows.stride(0))}});
+                {"grad_stride", as_i32(rows.stride(0))}},
+               more);
   Tensor to = grad_z;
   if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
 
-PluckerFrames plucker_frames(const PluckerMean& p, const MorePrograms& more) {
-  if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}};
+PluckerFrames plucker_frames(const PluckerMean& p, bool for_backward, const MorePrograms& more) {
+  if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}, {}};
   const Launch launch(p);
-  PluckerFrames frames{padded_rows(p), {}, {}, {}};
+  PluckerFrames frames{padded_rows(p), {}, {}, {}, {}};
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
-  frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, padded(p.outputs())}, ScalarType::Float);
+  const int64_t stride = padded(p.outputs()), num_offsets = static_cast<int64_t>(p.offsets.size());
+  frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, stride}, ScalarType::Float);
+  if (for_backward) frames.pairs = empty_like_device(p.z, {3 * num_offsets, stride}, ScalarType::Float);
   frames.seen = empty_like_device(p.z, {p.outputs(), 1}, p.dtype);
-  launch.pairs(more.kernel ? *more.kernel : launch.of_head_dim(kFrame), frames,
-               {{"z_ptr", frames.z.const_data_ptr()},
+  launch.pairs(kFrame, frames,
+               {{"keeps_pairs", as_i32(for_backward)},
+                {"z_ptr", frames.z.const_data_ptr()},
                 {"seen_ptr", frames.seen->const_data_ptr()},
                 {"history", as_i32(p.history)}},
                more);
@@ -258,7 +262,7 @@ namespace {
 Tensor plucker_mean(const Tensor& z, const std::vector<int64_t>& offsets, const std::optional<Tensor>& valid,
                     const std::optional<Tensor>& cu_seqlens) {
   const auto p = checked_plucker_mean("plucker_mean", z, offsets, valid, cu_seqlens);
-  const Tensor by_planes = plucker_mean_forward(p, plucker_frames(p)).pbar;
+  const Tensor by_planes = plucker_mean_forward(p, plucker_frames(p, false)).pbar;
   return torch::stable::view(packed(by_planes), {p.B, p.L, p.planes()});
 }
 
@@ -275,7 +279,7 @@ Tensor plucker_mean_backward_op(const Tensor& grad_pbar, const Tensor& z, const 
     by_planes = empty_planes(p);
     torch::stable::copy_(by_planes, by_tokens);
   }
-  plucker_mean_backward(p, plucker_frames(p), by_planes, reinterpreted(grad_z, {p.tokens(), p.r}, {p.r, 1}));
+  plucker_mean_backward(p, plucker_frames(p, true), by_planes, reinterpreted(grad_z, {p.tokens(), p.r}, {p.r, 1}));
   return grad_z;
 }
 

@@ -36,17 +36,18 @@ struct PluckerFrames {
   Tensor z;                       // [B, L, width], width: r padded with zeros to a multiple of 8
   std::optional<Tensor> offsets;  // int32, if they are too many to be arguments of a kernel
   std::optional<Tensor> frame;    // fp32 [2 width + 2, stride], triton_kernels/plucker_mean.py says of what
+  std::optional<Tensor> pairs;    // fp32 [3 offsets, stride], for a backward pass
   std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
-// A kernel that finds the frames in its first programs, and has `count` more, for which `args` are.
+// A kernel that in its first programs does what the system's own does, and has `count` more, for which `args` are.
 struct MorePrograms {
   const Kernel* kernel = nullptr;
   unsigned count = 0;
   std::vector<Arg> args = {};
 };
 
-PluckerFrames plucker_frames(const PluckerMean& p, const MorePrograms& more = {});
+PluckerFrames plucker_frames(const PluckerMean& p, bool for_backward, const MorePrograms& more = {});
 
 // What depends on the planes is a matrix [outputs, P] that lies in memory as the kernels walk it: token after token on
 // the CPU; plane after plane on CUDA, where matrix products take either.
@@ -63,7 +64,7 @@ void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, co
                            const Tensor& grad_z);
 // The second half of it on CUDA, from `turn`, fp32 [2 width, stride] (triton_kernels/plucker_mean.py says what it is).
 void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
-                                 const Tensor& grad_z);
+                                 const Tensor& grad_z, const MorePrograms& more = {});
 
 // The same on the CPU (plucker_mean_cpu.cpp).
 void plucker_mean_forward_cpu(const PluckerMean& p, Tensor& pbar, Tensor& seen);

@@ -28,14 +28,17 @@ def run(problem, head_dim, block, history):
 
     stride = -(-outputs // 8) * 8
     frame, seen = nan(2 * width + 2, stride), nan(batch, length - history, dtype=z.dtype)
+    angles = nan(3 * len(kept), stride)
     pairs = few | dict(
         valid_ptr=z if valid is None else valid.to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
-        offsets_ptr=offsets, frame_ptr=frame, num_tokens=outputs, length=length, width=width, stride=stride,
+        offsets_ptr=offsets, frame_ptr=frame, pairs_ptr=angles, num_tokens=outputs, length=length, width=width, stride=stride,
         num_offsets=len(kept), has_valid=int(valid is not None), num_sequences=sequences,
         search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block,
     )  # fmt: skip
     planes = dict(frame_ptr=frame, r=r, width=width, stride=stride, BLOCK_T=8, BLOCK_R=16)
-    kernels.plucker_mean_frame[(-(-outputs // block),)](z_ptr=z, seen_ptr=seen, history=history, **pairs)
+    kernels.plucker_mean_frame[(-(-outputs // block),)](
+        keeps_pairs=int(history == 0), z_ptr=z, seen_ptr=seen, history=history, **pairs
+    )
     by_planes = nan(r * (r - 1) // 2, stride, dtype=z.dtype)
     kernels.plucker_mean_fwd[(stride // 8, -(-r // 16), 3)](pbar_ptr=by_planes, **planes)
     pbar = by_planes[:, :outputs].T.clone().view(batch, length - history, -1)

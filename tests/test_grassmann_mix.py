@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import LAYOUTS, assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import simplex_ops
 
@@ -330,11 +331,11 @@ def test_cuda_graph():
 
 def test_flops():
     z, weight = torch.randn(3, 10, 8, requires_grad=True), torch.randn(5, 28)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         g = op(z, weight, None, [1, 4, 50])
     front = 3 * (12 * 8 * (9 + 6) + 3 * 10 * 28)
     assert counter.get_total_flops() == front + 2 * 3 * 10 * 5 * 28
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         g.sum().backward()
     assert counter.get_total_flops() == 3 * front + 4 * 3 * 10 * 5 * 28
 

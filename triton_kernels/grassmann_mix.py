@@ -7,7 +7,8 @@ the operand and in the sums of wgmma alike: it needs the frames' coordinates j a
 of i from shared memory, four threads the same. Of the 16 columns j = i that are left one has the bias as its weight, and as
 its pbar 1 where the token is paired and 0 elsewhere; the others have 0.
 
-These kernels start while the one before still runs (launch_pdl), and may touch no memory before gdc_wait.
+These kernels start while the one before still runs (launch_pdl), and may touch no memory before gdc_wait; grassmann_mix_bwd_frame
+says why it may.
 """
 
 import itertools
@@ -70,16 +71,23 @@ class Weights:
 
 
 @gluon.jit
-def _new_weights(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
+def _new_block(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, LOADS: gl.constexpr):
+    """What a program begins with: the weight's ring, 64 x BLOCK_N elements for each of two warpgroups, and a barrier for each of
+    LOADS."""
     weights = Weights(
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 64], gl.NVMMASharedLayout.get_default_for([BLOCK_N, 64], dtype)),
         mbarrier.allocate_mbarrier(batch=STAGES),
         mbarrier.allocate_mbarrier(batch=STAGES),
     )
+    memory = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype))
+    loads = mbarrier.allocate_mbarrier(batch=LOADS)
     for i in gl.static_range(STAGES):
         mbarrier.init(weights.full.index(i), count=1)
         mbarrier.init(weights.empty.index(i), count=2)
-    return weights
+    for i in gl.static_range(LOADS):
+        mbarrier.init(loads.index(i), count=1)
+    fence_async_shared()
+    return weights, memory, loads
 
 
 @gluon.jit
@@ -158,7 +166,7 @@ def _mix(weights, memory, frame_full, warpgroup, g_desc, first_token, first_row,
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     dtype: gl.constexpr = weights.tiles.dtype
     frame = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 9)
-    mbarrier.wait(frame_full, 0)
+    mbarrier.wait(frame_full.index(0), 0)
     g = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, mma)
     for tile in gl.static_range(TILES):
         pbar = gl.convert_layout(_planes(frame, tile, bias_everywhere).reshape([ROWS, 64]).to(dtype), operand, assert_trivial=True)
@@ -187,14 +195,10 @@ def grassmann_mix_fwd(
     dtype: gl.constexpr = weight_desc.dtype
     first_token = gl.program_id(0) * 2 * ROWS
     first_row = gl.program_id(1) * BLOCK_N
-    weights = _new_weights(dtype, STAGES, BLOCK_N)
-    # A warpgroup's frame, then its g.
-    memory = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype))
-    frame_full = mbarrier.allocate_mbarrier()
-    mbarrier.init(frame_full, count=1)
-    fence_async_shared()
+    # In `memory` a warpgroup's frame, then its g.
+    weights, memory, frame_full = _new_block(dtype, STAGES, BLOCK_N, 1)
     gdc_wait()
-    _load_frames(frame_desc, first_token, frame_full, _boxes(memory), BLOCK_N // 16)
+    _load_frames(frame_desc, first_token, frame_full.index(0), _boxes(memory), BLOCK_N // 16)
     gl.warp_specialize(
         [
             (_mix, (weights, memory, frame_full, 0, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
@@ -332,17 +336,15 @@ def grassmann_mix_bwd_frame(
     grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", turn_desc: "tensordesc<fp32[8,64]>",
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """h / N and k of 128 tokens (plucker_mean_bwd_frame), from the gradient of g, which has BLOCK_N columns at most."""
+    """h / N and k of 128 tokens (plucker_mean_bwd_frame), from the gradient of g, which has BLOCK_N columns at most.
+
+    Runs beside grassmann_mix_bwd_weight, of which it needs nothing: that one lets it start when the frames are there, and this
+    one waits for it at its end, so that what follows may rely on both.
+    """
     dtype: gl.constexpr = weight_desc.dtype
     first_token = gl.program_id(0) * 2 * ROWS
-    weights = _new_weights(dtype, STAGES, BLOCK_N)
-    memory = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype))
+    weights, memory, full = _new_block(dtype, STAGES, BLOCK_N, 2)
     frames = gl.allocate_shared_memory(gl.float32, [18, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
-    full = mbarrier.allocate_mbarrier(batch=2)
-    mbarrier.init(full.index(0), count=1)
-    mbarrier.init(full.index(1), count=1)
-    fence_async_shared()
-    gdc_wait()
     mbarrier.expect(full.index(0), 2 * ROWS * BLOCK_N * 2)
     for i in gl.static_range(2):
         tma.async_load(grad_g_desc, [first_token + i * ROWS, 0], full.index(0), memory.index(i))
@@ -356,6 +358,7 @@ def grassmann_mix_bwd_frame(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    gdc_wait()
 
 
 VARIANTS = [

@@ -12,10 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from triton_kernels.grassmann_mix import _wedge
-from triton_kernels.plucker_mean import plucker_mean_frame
+from triton_kernels.plucker_mean import plucker_mean_bwd_token, plucker_mean_frame
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
@@ -41,19 +41,21 @@ BIAS = tl.constexpr(384)  # the column of the bias
 def grassmann_mix_start(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
+    gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
     gdc_wait()
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
-            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, z_ptr, seen_ptr, history, num_tokens,
-            length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
+            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, keeps_pairs, z_ptr,
+            seen_ptr, history, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM,
+            BLOCK_T,
         )  # fmt: skip
     else:
         row = (tl.program_id(0) - num_blocks).to(tl.int64)
@@ -166,7 +168,8 @@ def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_ev
         stage, phase, pbar = next_stage, next_phase, pbar_next
     row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
-    gl.store(part_ptr + row[:, None] * d + column[None, :], sums, mask=(column < d)[None, :])
+    to = part_ptr + (column // 8 * (512 * 8) + column % 8)[None, :] + row[:, None] * 8
+    gl.store(to, sums, mask=(column < d)[None, :])
 
 
 @gluon.jit
@@ -188,7 +191,8 @@ def grassmann_mix_bwd_weight(
     frame_desc: "tensordesc<fp32[8,64]>", grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", part_ptr: "*fp32:16",
     num_tokens: "i32", share: "i32", d: "i32:8", bias_everywhere: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """pbar^T @ grad_g of 128 planes, summed over `share` tokens, a multiple of 64: [splits, 512, d]."""
+    """pbar^T @ grad_g of 128 planes, summed over `share` tokens, a multiple of 64: [splits, d / 8, 512, 8], so that a warp
+    writes 256 bytes side by side."""
     dtype: gl.constexpr = grad_g_desc.dtype
     first_token = gl.program_id(1) * share
     end_token = gl.minimum(first_token + share, num_tokens)
@@ -203,6 +207,7 @@ def grassmann_mix_bwd_weight(
         mbarrier.init(tokens.empty.index(i), count=2)
     fence_async_shared()
     gdc_wait()
+    gdc_launch_dependents()  # now: grassmann_mix_bwd_frame relies on it for its inputs
     gl.warp_specialize(
         [
             (_sum_tile, (tokens, 0, part_ptr, first_token, end_token, d, bias_everywhere)),
@@ -215,26 +220,39 @@ def grassmann_mix_bwd_weight(
 
 
 @triton.jit
-def grassmann_mix_bwd_weight_sum(
+def grassmann_mix_finish(
+    valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
+    o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
+    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
+    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
+    has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the weight and of the bias, from partial sums [num_parts, 512, d]."""
+    """plucker_mean_bwd_token, which computes, and by further programs the gradients of the weight and of the bias, from partial
+    sums [num_parts, d / 8, 512, 8], which takes memory's time."""
     gdc_wait()
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (row < d)[None, :]
-    part = tl.arange(0, AT_ONCE)
-    at = part_ptr + (part[:, None, None] * 512 + column[None, :, None]) * d + row[None, None, :]
-    sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
-    for first in range(0, num_parts, AT_ONCE):
-        sums += tl.sum(tl.load(at, mask=mask[None] & (first + part < num_parts)[:, None, None], other=0.0), 0)
-        at += AT_ONCE * 512 * d
-    plane, ok = _plane_of(column, r)
-    to = grad_weight_ptr + row.to(tl.int64)[None, :] * (r * (r - 1) // 2) + plane[:, None]
-    sums = sums.to(grad_weight_ptr.dtype.element_ty)
-    tl.store(to, sums, mask=mask & ok[:, None])
-    tl.store(grad_bias_ptr + row[None, :] + 0 * column[:, None], sums, mask=mask & (column == BIAS)[:, None])
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    if tl.program_id(0) < num_blocks:
+        plucker_mean_bwd_token(
+            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
+            grad_stride, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
+        )  # fmt: skip
+    else:
+        block = tl.program_id(0) - num_blocks
+        column = block % (512 // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+        row = block // (512 // BLOCK_C) * 8 + tl.arange(0, 8)
+        part = tl.arange(0, AT_ONCE)
+        at = part_ptr + (part * 512 * d)[:, None, None] + (column * 8)[None, :, None] + (row // 8 * (512 * 8) + row % 8)[None, None, :]
+        sums = tl.zeros((BLOCK_C, 8), tl.float32)
+        for first in range(0, num_parts, AT_ONCE):
+            sums += tl.sum(tl.load(at, mask=(first + part < num_parts)[:, None, None], other=0.0), 0)
+            at += AT_ONCE * 512 * d
+        plane, ok = _plane_of(column, r)
+        to = grad_weight_ptr + row.to(tl.int64)[None, :] * (r * (r - 1) // 2) + plane[:, None]
+        sums = sums.to(grad_weight_ptr.dtype.element_ty)
+        tl.store(to, sums, mask=ok[:, None])
+        tl.store(grad_bias_ptr + row[None, :] + 0 * column[:, None], sums, mask=(column == BIAS)[:, None])
 
 
 VARIANTS = [
@@ -243,6 +261,9 @@ VARIANTS = [
     for kernel, tile in (
         (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4, "launch_pdl": True}),
         (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True}),
-        (grassmann_mix_bwd_weight_sum, {"BLOCK_C": 4, "BLOCK_D": 64, "AT_ONCE": 8, "num_warps": 4, "launch_pdl": True}),
+        (
+            grassmann_mix_finish,
+            {"HEAD_DIM": 32, "BLOCK_T": 16, "BLOCK_C": 16, "AT_ONCE": 8, "num_warps": 1, "launch_pdl": True},
+        ),
     )
 ]

@@ -11,6 +11,7 @@ What lies between the kernels has a row for each coordinate and a column for eac
 and write tokens side by side, whichever plane they are at:
 
     frame [2 * width + 2, stride]   u, Y, N and 1 / |z|
+    pairs [3 * offsets, stride]     for each offset the cosine, 1 / sine and what _normal() needs besides, of unit vectors
     pbar, its gradient [P, stride]
     turn [2 * width, stride]        Om u / N and Om Y, with Om the antisymmetric matrix of the gradient of pbar
 
@@ -76,8 +77,7 @@ def _scale(z):
     The length is 0 for a token of 0.
     """
     largest = tl.max(tl.abs(z), 1)
-    total = tl.sum(z, 1)
-    zero = (largest < SMALLEST_NORMAL) & (total == total)  # a GPU's maximum passes over NaN: a token of NaN is not 0
+    zero = largest < SMALLEST_NORMAL  # a GPU's maximum passes over NaN, which no factor makes vanish
     x = z * tl.where(zero, 0.0, 1.0 / tl.where(zero, 1.0, largest))[:, None]
     return x, tl.where(zero, 1.0, largest), tl.sqrt(tl.sum(x * x, 1))
 
@@ -88,17 +88,30 @@ def _unit(x, norm):
 
 
 @triton.jit
+def _normal(u, v, cosine, rest):
+    """The part of v normal to u, a unit vector."""
+    # Twice: where the angle is small the first subtraction leaves rounding errors along u.
+    return tl.fma(-rest[:, None], u, tl.fma(-cosine[:, None], u, v))
+
+
+@triton.jit
 def _angle(u, v, norm):
-    """Cosine and 1 / sine between the unit vector u and v, of length `norm`, and a vector normal to u in their plane with
-    the factor that gives it length 1. Where there is no plane both factors are 0."""
+    """Cosine and 1 / sine between the unit vector u and v, of length `norm`, and what _normal() needs besides, in units of that length,
+    and that part of v. Where there is no plane the second is 0."""
     cosine = tl.sum(u * v, 1)
-    w = tl.fma(-cosine[:, None], u, v)
-    # Once more: where the angle is small the first subtraction leaves rounding errors along u.
-    w = tl.fma(-tl.sum(u * w, 1)[:, None], u, w)
+    rest = tl.sum(u * tl.fma(-cosine[:, None], u, v), 1)
+    w = _normal(u, v, cosine, rest)
     length = tl.sqrt(tl.sum(w * w, 1))
     spans = ~(length <= SMALLEST_SINE * norm)  # true for NaN, which must not vanish
-    factor = tl.where(spans, 1.0 / tl.where(spans, length, 1.0), 0.0)
-    return cosine, factor, w
+    return cosine, tl.where(spans, 1.0 / tl.where(spans, length, 1.0), 0.0), rest, w
+
+
+@triton.jit
+def _pair(pairs_ptr, k, token, stride, mask):
+    """Cosine, 1 / sine and the rest of the pairs of tokens and offset number k, unit vectors; 0 where they are none."""
+    at = pairs_ptr + 3 * tl.cast(k, tl.int64) * stride + token
+    cosine, factor = tl.load(at, mask=mask, other=0.0), tl.load(at + stride, mask=mask, other=0.0)
+    return cosine, factor, tl.load(at + 2 * tl.cast(stride, tl.int64), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -131,12 +144,13 @@ def _is_valid(valid_ptr, token, mask, has_valid):
 def plucker_mean_frame(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The frames of all tokens but the first `history` of each row, and 1 where a token is paired, 0 elsewhere."""
+    """The frames of all tokens but the first `history` of each row, and 1 where a token is paired, 0 elsewhere. For the backward
+    pass the angles of all pairs are kept."""
     output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_ok = output < num_tokens
     token = output + (output // (length - history) + 1) * history
@@ -150,8 +164,16 @@ def plucker_mean_frame(
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
         v, _largest, norm = _scale(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
-        _cosine, factor, w = _angle(u, v, norm)
+        if keeps_pairs != 0:  # of the unit vectors that the backward pass has, so that w is as normal to u there as here
+            v = _unit(v, norm)
+            norm = tl.zeros_like(norm) + 1.0
+        cosine, factor, rest, w = _angle(u, v, norm)
         mean = tl.fma(w, factor[:, None], mean)  # plus 0 where the pair is not one: v is 0 there
+        if keeps_pairs != 0:
+            at = pairs_ptr + 3 * tl.cast(k, tl.int64) * stride + output
+            tl.store(at, cosine, mask=token_ok)
+            tl.store(at + stride, factor, mask=token_ok)
+            tl.store(at + 2 * tl.cast(stride, tl.int64), rest, mask=token_ok)
         count += tl.where(pairs, 1.0, 0.0)
     mean = mean / tl.maximum(count, 1.0)[:, None]
     inverse = tl.where(own_norm == 0, 0.0, 1.0 / (tl.where(own_norm == 0, 1.0, own_norm) * largest))
@@ -217,7 +239,7 @@ def plucker_mean_bwd_frame(
 def plucker_mean_bwd_token(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
+    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
     num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -239,7 +261,8 @@ def plucker_mean_bwd_token(
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
         pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
         v = tl.load(frame_ptr + at - offset, mask=pairs[:, None] & row_ok, other=0.0)
-        cosine, factor, w = _angle(u, v, 1.0)
+        cosine, factor, rest = _pair(pairs_ptr, k, token, stride, pairs)
+        w = _normal(u, v, cosine, rest)
         # beta u + cot (h - beta w), w of length 1: nothing where there is no plane, the factor is 0 then
         beta = tl.sum(w * h, 1) * factor
         cot = cosine * factor
@@ -253,7 +276,8 @@ def plucker_mean_bwd_token(
         mask = pairs[:, None] & row_ok
         v = tl.load(frame_ptr + at + offset, mask=mask, other=0.0)
         share = tl.load(turn_ptr + at + offset, mask=mask, other=0.0)
-        _cosine, factor, w = _angle(v, u, 1.0)
+        cosine, factor, rest = _pair(pairs_ptr, k, token + offset, stride, pairs)
+        w = _normal(v, u, cosine, rest)
         beta = tl.sum(w * share, 1) * factor
         grad = tl.fma(-factor[:, None], tl.fma(-(beta * factor)[:, None], w, share), grad)
     inverse = tl.load(frame_ptr + (2 * width + 1).to(tl.int64) * stride + token, mask=token_ok, other=0.0)[:, None]
