@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -50,7 +49,12 @@ def _register_autograd(op: OpOverload, function: type[torch.autograd.Function]) 
         ):
             raise NotImplementedError(f"{op._schema.name}: forward-mode AD (jvp) is not supported, use reverse mode")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return _apply(function, keys, args)
+            if torch._C._are_functorch_transforms_active():  # they want a rule for each transform from a Function
+                raise NotImplementedError(
+                    f"{op._schema.name}: torch.func needs the C++ autograd binding, and there is none for torch "
+                    f"{torch.__version__} here; torch.autograd.grad works"
+                )
+            return function.apply(keys, *args)
         return _below_autograd(op, keys, args)
 
     _registrations.impl(op, kernel, "Autograd", with_keyset=True)
@@ -78,15 +82,6 @@ def _register_writing(op: OpOverload, written: list[str]) -> None:
         return result
 
     _registrations.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
-
-
-def _apply(function: type[torch.autograd.Function], keys: torch._C.DispatchKeySet, args: tuple) -> Any:
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(keys, *args)
-    # Under torch.func, Function.apply would want a rule for each transform. Here the dispatcher has brought the call to
-    # the one level whose gradient is wanted, as it does for a node of C++.
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(keys, *args)  # type: ignore[misc]
 
 
 def _below_autograd(op: OpOverload, keys: torch._C.DispatchKeySet, args: tuple) -> Any:
@@ -117,8 +112,7 @@ def _differentiable(op: OpOverload, backward: OpOverload) -> type[torch.autograd
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-            with torch.enable_grad():  # apply turned it off, at the outer levels of torch.func, too
-                result = _below_autograd(op, keys, args)
+            result = _below_autograd(op, keys, args)
             out = result if isinstance(result, tuple) else (result,)
             values = {name: args[inputs[name]] if name in inputs else out[outputs[name]] for name in saved}
             ctx.tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
@@ -157,8 +151,7 @@ def _once_differentiable(op: OpOverload, backward: OpOverload) -> type[torch.aut
     class DoubleBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-            with torch.enable_grad():
-                return _below_autograd(backward, keys, args)
+            return _below_autograd(backward, keys, args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
