@@ -251,7 +251,7 @@ def time_folder(folder: Path, args: argparse.Namespace) -> None:
         family, key = base["family"], base["key"]
         attention = family.startswith("two_simplicial")
         shape = (shape or attention_shape(family, key)) if attention else None
-        flop = attention_flop(key, shape, "_bwd" in family) if attention else 0
+        flop = attention_flop(family, key, shape) if attention else 0
         rate = matmul_rate(1e12, DTYPES[key.get("dtype", "fp32")], "cuda", 0.1)
         errors, call = checker(family, key, shape), clocked(family, key, shape)
         print(f"{base['name']} {shape or ''}; matmul {rate / 1e9:.0f} TFLOP/s")

@@ -32,26 +32,34 @@ def dtype_of(key: dict, default: str = "fp32") -> torch.dtype:
     return DTYPES[key.get("dtype", default)]
 
 
+DECODE = ("two_simplicial_fwd_decode", "two_simplicial_fwd_merge")
+
+
 def attention_shape(family: str, key: dict) -> tuple[int, ...]:
     """B, N, Hq, Hkv, w1, w2 that the row is chosen for: 64 query heads in groups of SHARE rows, or of all where the key has
-    none; SHARE 1 is for what no other divides, and skewed tiles are for few heads per kv head."""
+    none; SHARE 1 is for what no other divides, and skewed tiles are for few heads per kv head. Decoding has one query a
+    sequence, HEADS 1 for groups that 4 does not divide."""
+    if family in DECODE:
+        return (8, 512, 64, 64 if key.get("HEADS") == 1 else 1, 512, 32)
     share = 1 if family.endswith("_skewed") else key.get("SHARE", 64)
     return (1, 2048, 64, 64 // share if share > 1 else 16, 512, 32)
 
 
-def attention(key: dict, small: bool, shape: tuple[int, ...]) -> Workload:
+def attention(family: str, key: dict, small: bool, shape: tuple[int, ...]) -> Workload:
     batch, length, heads, kv_heads, w1, w2 = shape
     if small:
         batch, length, heads, kv_heads, w1, w2 = (2, 150, heads // kv_heads, 1, min(w1, 70), min(w2, 9))
-    sizes = [(batch, length, heads, key["HEAD_DIM"]), *[(batch, length, kv_heads, key["HEAD_DIM"])] * 4]
+    queries = 1 if family in DECODE else length
+    sizes = [(batch, queries, heads, key["HEAD_DIM"]), *[(batch, length, kv_heads, key["HEAD_DIM"])] * 4]
     inputs = [normal(dtype_of(key), *s) for s in sizes]
     op = partial(simplex_ops.two_simplicial_attention, w1=w1, w2=w2, return_lse=True)
     return op, partial(reference.two_simplicial_attention, w1=w1, w2=w2), inputs
 
 
-def attention_flop(key: dict, shape: tuple[int, ...], backward: bool) -> float:
+def attention_flop(family: str, key: dict, shape: tuple[int, ...]) -> float:
     batch, length, heads, _, w1, w2 = shape
-    return (3 if backward else 1) * 4 * key["HEAD_DIM"] * heads * batch * valid_pairs(length, length, w1, w2)
+    pairs = valid_pairs(1 if family in DECODE else length, length, w1, w2)
+    return (3 if "_bwd" in family else 1) * 4 * key["HEAD_DIM"] * heads * batch * pairs
 
 
 def plucker_mean(key: dict, small: bool) -> Workload:
@@ -163,7 +171,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
 def workload(family: str, key: dict, small: bool, shape: tuple[int, ...] | None = None) -> Workload:
     """`shape`: B, N, Hq, Hkv, w1, w2 for two_simplicial_*."""
     if family.startswith("two_simplicial"):
-        return attention(key, small, shape or attention_shape(family, key))
+        return attention(family, key, small, shape or attention_shape(family, key))
     prefixes = [prefix for prefix in WORKLOADS if family.startswith(prefix)]
     if not prefixes:
         raise ValueError(f"expected a family that benchmarks/workloads.py has a workload for, got {family}")
