@@ -89,13 +89,14 @@ struct Launch {
     const int64_t block_n = scaled_keys();
     const Kernel* kernel = portable_only() ? nullptr : kBackwardKVScaled.find_if(device, {dtype, head_dim, block_n});
     if (!kernel || axes.w_short * p.group() < kRowsPerShortKey || decode()) return false;
-    if (p.group() % 8 || walks_less_skewed()) return false;  // its copies are of 8 heads
+    if (p.group() % 8 || skewed_tiles_win()) return false;  // its copies are of 8 heads
     const bool counts_fit = (p.Nq + axes.w_long) * p.group() < int64_t{1} << 31;
     return counts_fit && short_parts_fit(block_n);
   }
   // The 64 rows of a warpgroup are of `tokens` tokens. Scaled, it walks the short keys that any of them sees; skewed, a
-  // row's own, but whole tiles of long keys. Skewed tiles win from 15/16 of the pairs on (docs/kernel_trials.md).
-  bool walks_less_skewed() const {
+  // row's own, but whole tiles of long keys. Skewed tiles win up to 16/15 of the scaled ones' pairs
+  // (docs/kernel_trials.md).
+  bool skewed_tiles_win() const {
     const int64_t tokens = ceil_div(64, p.group());
     const int64_t scaled = axes.w_long * (axes.w_short + tokens - 1);
     const int64_t skewed = 64 * ceil_div(axes.w_long + 2 * tokens - 1, 64) * axes.w_short;

@@ -76,12 +76,16 @@ def test_every_op_that_writes_is_known_here():
     assert {name: written for name, written in writing.items() if written} == {n: w for n, (_, w) in WRITING.items()}
 
 
+def writing_call(name, device):
+    """An op that writes, arguments of it, and which of these it writes to."""
+    make, written = WRITING[name]
+    return getattr(torch.ops.simplex, name), make(lambda *shape: torch.zeros(shape, device=device)), written
+
+
 @pytest.mark.parametrize("name", WRITING)
 def test_what_an_op_writes_to_is_counted(device, name):
     """Else autograd would take what is there now for what somebody saved, and return wrong gradients."""
-    make, written = WRITING[name]
-    arguments = make(lambda *shape: torch.zeros(shape, device=device))
-    op = getattr(torch.ops.simplex, name)
+    op, arguments, written = writing_call(name, device)
     for i in written:
         weight = torch.ones((), device=device, requires_grad=True)
         product = weight * arguments[i].view_as(arguments[i])
@@ -89,14 +93,12 @@ def test_what_an_op_writes_to_is_counted(device, name):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()
     with torch.inference_mode():
-        op(*make(lambda *shape: torch.zeros(shape, device=device)))
+        op(*writing_call(name, device)[1])
 
 
 @pytest.mark.parametrize("name", WRITING)
 def test_what_an_op_writes_to_has_no_gradient(device, name):
-    make, written = WRITING[name]
-    arguments = make(lambda *shape: torch.zeros(shape, device=device))
-    op = getattr(torch.ops.simplex, name)
+    op, arguments, written = writing_call(name, device)
     for i in written:
         if arguments[i].is_floating_point():
             asked = [x.clone().requires_grad_() if i == j else x for j, x in enumerate(arguments)]
