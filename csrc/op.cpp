@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "elements.h"
 #include "kernel.h"
 
 namespace simplex {
@@ -110,6 +111,28 @@ void expect_floating(const char* op, const char* name, const Tensor& t) {
                  t.is_cpu() ? " to be float32, float64, float16 or bfloat16 on cpu, got "
                             : " to be float32, float16 or bfloat16 on cuda, got ",
                  dtype_string(t));
+}
+
+// Only the CPU looks at the values: on CUDA that would wait for the GPU.
+Tensor checked_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* name, const Tensor& t) {
+  SIMPLEX_EXPECT(cu_seqlens.dim() == 1, op, "cu_seqlens to be 1-dimensional [sequences + 1], got ", cu_seqlens.dim(),
+                 " dimensions");
+  const int64_t count = cu_seqlens.size(0), length = t.size(1);
+  SIMPLEX_EXPECT(count >= 2, op, "cu_seqlens to hold at least 2 values, got ", count);
+  expect_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
+  expect_device(op, "cu_seqlens", cu_seqlens, name, t);
+  SIMPLEX_EXPECT(t.size(0) == 1, op, "the batch of ", name, " to be 1 with cu_seqlens, got ", t.size(0));
+  const Tensor values = packed(cu_seqlens);
+  if (cu_seqlens.is_cpu()) {
+    const int32_t* const at = elements<int32_t>(values);
+    for (int64_t i = 0; i < count; ++i) {
+      SIMPLEX_EXPECT(at[i] >= (i == 0 ? 0 : at[i - 1]), op, "cu_seqlens to ascend from 0, got ", at[i], " at ", i);
+    }
+    SIMPLEX_EXPECT(at[0] == 0, op, "cu_seqlens to ascend from 0, got ", at[0], " at 0");
+    SIMPLEX_EXPECT(at[count - 1] == length, op, "cu_seqlens to end with the length of ", name, " (", length, "), got ",
+                   at[count - 1]);
+  }
+  return values;
 }
 
 ScalarType wide_dtype(const Tensor& t) {

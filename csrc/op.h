@@ -55,6 +55,10 @@ void expect_device(const char* op, const char* name, const Tensor& t, const char
 void expect_like(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 void expect_floating(const char* op, const char* name, const Tensor& t);
 
+// packed() cu_seqlens of sequences that lie one after the other in `t` [1, length, ...]: int32, ascending from 0 to
+// length.
+Tensor checked_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* name, const Tensor& t);
+
 // What sums over t are taken and returned in.
 ScalarType wide_dtype(const Tensor& t);
 

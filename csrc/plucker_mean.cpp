@@ -8,31 +8,6 @@
 
 namespace simplex {
 
-namespace {
-
-// Only the CPU looks at the values: on CUDA that would wait for the GPU.
-const Tensor& checked_starts(const char* op, const Tensor& cu_seqlens, const Tensor& z) {
-  SIMPLEX_EXPECT(cu_seqlens.dim() == 1, op, "cu_seqlens to be 1-dimensional [sequences + 1], got ", cu_seqlens.dim(),
-                 " dimensions");
-  const int64_t count = cu_seqlens.size(0), L = z.size(1);
-  SIMPLEX_EXPECT(count >= 2, op, "cu_seqlens to hold at least 2 values, got ", count);
-  expect_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
-  expect_device(op, "cu_seqlens", cu_seqlens, "z", z);
-  SIMPLEX_EXPECT(z.size(0) == 1, op, "the batch of z to be 1 with cu_seqlens, got ", z.size(0));
-  if (cu_seqlens.is_cpu()) {
-    const Tensor values = packed(cu_seqlens);
-    const int32_t* const at = elements<int32_t>(values);
-    for (int64_t i = 0; i < count; ++i) {
-      SIMPLEX_EXPECT(at[i] >= (i == 0 ? 0 : at[i - 1]), op, "cu_seqlens to ascend from 0, got ", at[i], " at ", i);
-    }
-    SIMPLEX_EXPECT(at[0] == 0, op, "cu_seqlens to ascend from 0, got ", at[0], " at 0");
-    SIMPLEX_EXPECT(at[count - 1] == L, op, "cu_seqlens to end with the length of z (", L, "), got ", at[count - 1]);
-  }
-  return cu_seqlens;
-}
-
-}  // namespace
-
 // The fake kernels (simplex_ops/plucker_mean.py) check the same in the same words.
 PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vector<int64_t>& offsets,
                                  const std::optional<Tensor>& valid, const std::optional<Tensor>& cu_seqlens) {
@@ -51,7 +26,7 @@ PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vec
     expect_device(op, "valid", *valid, "z", z);
     p.valid = packed(*valid);
   }
-  if (cu_seqlens) p.starts = packed(checked_starts(op, *cu_seqlens, z));
+  if (cu_seqlens) p.starts = checked_cu_seqlens(op, *cu_seqlens, "z", z);
   p.z = packed(z);
   return p;
 }

@@ -16,7 +16,6 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
                                const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale, bool determinant,
                                const std::optional<Tensor>& cu_seqlens) {
   SIMPLEX_EXPECT(!determinant, op, "determinant to be False: the determinant form is not built yet");
-  SIMPLEX_EXPECT(!cu_seqlens, op, "cu_seqlens to be None: packed sequences are not built yet");
   const std::array<std::pair<const char*, const Tensor*>, 5> tensors{
       {{"q", &q}, {"k1", &k1}, {"k2", &k2}, {"v1", &v1}, {"v2", &v2}}};
   for (size_t i : {0, 1}) {
@@ -24,14 +23,13 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
     SIMPLEX_EXPECT(t->dim() == 4, op, name, " to be 4-dimensional [batch, length, heads, head_dim], got ", t->dim(),
                    " dimensions");
   }
-  TwoSimplicialAttention p{q,          k1,        k2,         v1,        v2, q.size(0), q.size(1),
-                           k1.size(1), q.size(2), k1.size(2), q.size(3), w1, w2,        0.0};
+  TwoSimplicialAttention p{q,         k1,         k2,        v1, v2, q.size(0), q.size(1),      k1.size(1),
+                           q.size(2), k1.size(2), q.size(3), w1, w2, 0.0,       q.scalar_type()};
   for (size_t i = 1; i < tensors.size(); ++i) {
     const auto& [name, t] = tensors[i];
     expect_sizes(op, name, *t, {p.B, p.Nk, p.Hkv, p.D}, "batch of q, its own length, kv heads, head_dim of q");
     expect_like(op, name, *t, "q", q);
   }
-  p.dtype = q.scalar_type();
   const ScalarType third = q.is_cpu() ? ScalarType::Double : ScalarType::Half;
   SIMPLEX_EXPECT(p.dtype == ScalarType::Float || p.dtype == ScalarType::BFloat16 || p.dtype == third, op,
                  q.is_cpu() ? "q to be float32, float64 or bfloat16 on cpu, got "
@@ -42,6 +40,10 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
   SIMPLEX_EXPECT(p.Hkv >= 1 && p.Hq % p.Hkv == 0, op, "the heads of q to be a multiple of the heads of k1 (", p.Hkv,
                  "), got ", p.Hq);
   SIMPLEX_EXPECT(p.Nq <= p.Nk, op, "the length of q to be at most that of k1 (", p.Nk, "), got ", p.Nq);
+  if (cu_seqlens) {
+    p.cu_seqlens = checked_cu_seqlens(op, *cu_seqlens, "q", q);
+    SIMPLEX_EXPECT(p.Nq == p.Nk, op, "the length of q to be that of k1 (", p.Nk, ") with cu_seqlens, got ", p.Nq);
+  }
   SIMPLEX_EXPECT(w1 >= 1, op, "w1 to be at least 1, got ", w1);
   SIMPLEX_EXPECT(w2 >= 1, op, "w2 to be at least 1, got ", w2);
   p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D)));

@@ -13,6 +13,7 @@ struct TwoSimplicialAttention {
   int64_t w1, w2;  // >= 1; clamped to Nk, so that i - w cannot overflow
   double scale;
   ScalarType dtype;
+  std::optional<Tensor> cu_seqlens;  // packed(), [S + 1] int32: no pair crosses a sequence's start; B is 1, Nq is Nk
 
   int64_t group() const { return Hq / Hkv; }
 };

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "elements.h"
 #include "two_simplicial_attention.h"
 
 #define SIMPLEX_ISA baseline
@@ -67,8 +68,18 @@ cpu::Rows<T> mutable_rows(const Tensor& t) {
   return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// The first position of each position's sequence; empty if there is one sequence only.
+std::vector<int64_t> starts_of(const TwoSimplicialAttention& p) {
+  std::vector<int64_t> starts(p.cu_seqlens ? p.Nk : 0);
+  for (int64_t i = 0; !starts.empty() && i + 1 < p.cu_seqlens->numel(); ++i) {
+    const int32_t* const at = elements<int32_t>(*p.cu_seqlens) + i;
+    std::fill(starts.begin() + at[0], starts.begin() + at[1], at[0]);
+  }
+  return starts;
+}
+
 template <class In>
-Problem<In> make_problem(const TwoSimplicialAttention& p) {
+Problem<In> make_problem(const TwoSimplicialAttention& p, const std::vector<int64_t>& starts) {
   Problem<In> problem{};
   const bool swap = p.w1 > p.w2;
   problem.q = rows<In>(p.q);
@@ -84,6 +95,7 @@ Problem<In> make_problem(const TwoSimplicialAttention& p) {
   problem.w_short = std::min(p.w1, p.w2);
   problem.w_long = std::max(p.w1, p.w2);
   problem.scale = p.scale;
+  problem.starts = starts.empty() ? nullptr : starts.data();
   return problem;
 }
 
@@ -137,7 +149,8 @@ void run_tiles(int64_t tasks, int64_t arena_size, Work work) {
 
 template <class In>
 void forward(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
-  Problem<In> problem = make_problem<In>(p);
+  const std::vector<int64_t> starts = starts_of(p);
+  Problem<In> problem = make_problem<In>(p, starts);
   problem.out = mutable_rows<In>(out);
   problem.lse = static_cast<Acc<In>*>(lse.mutable_data_ptr());
   const Tiling tiling(p);
@@ -163,7 +176,8 @@ template <class In>
 void backward(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
               const Tensor& lse, TwoSimplicialGrads& grads) {
   using T = Acc<In>;
-  Problem<In> problem = make_problem<In>(p);
+  const std::vector<int64_t> starts = starts_of(p);
+  Problem<In> problem = make_problem<In>(p, starts);
   problem.grad_out = rows<In>(grad_out);
   problem.saved_lse = static_cast<const T*>(lse.const_data_ptr());
   problem.grad_lse = grad_lse ? static_cast<const T*>(grad_lse->const_data_ptr()) : nullptr;

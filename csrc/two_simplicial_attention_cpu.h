@@ -35,6 +35,8 @@ struct Problem {
   int64_t Nq, Nk, Hq, D, group;
   int64_t w_short, w_long;
   double scale;
+  const int64_t* starts;  // of packed sequences: the first position of each position's own; or null
+  int64_t start(int64_t position) const { return starts ? starts[position] : 0; }
 
   Rows<In> out;             // forward: written
   T* lse;                   // forward: written, [B, Hq, Nq]

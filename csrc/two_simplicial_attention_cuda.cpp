@@ -20,7 +20,8 @@ TensorDescriptor four_dimensional(const Tensor& t) {
 // The arguments of a launch, in the order of the kernel's parameters.
 class Args {
  public:
-  Args(const Launch& launch, const Kernel& kernel) : l_(launch), maps_(kernel.tensor_maps.size) {
+  Args(const Launch& launch, const Kernel& kernel)
+      : l_(launch), maps_(kernel.tensor_maps.size), takes_bounds_(takes_bounds(kernel)) {
     list_.reserve(kMaxParams);
   }
   operator Span<Arg>() const { return {list_.data(), list_.size()}; }
@@ -51,6 +52,14 @@ class Args {
     if (grad_out) strides("stride_gb", "stride_gn", "stride_gh", *grad_out);
     return sizes();
   }
+  // Which pairs packed sequences forbid.
+  Args& packing() {
+    if (!takes_bounds_) {
+      SIMPLEX_EXPECT(!l_.bounds, "two_simplicial_attention", "cu_seqlens to be None here: not built yet");
+      return *this;
+    }
+    return pointer("bounds_ptr", l_.bounds ? *l_.bounds : l_.p.q).integer("packed", l_.bounds.has_value());
+  }
   Args& long_strides() {
     strides("stride_klb", "stride_kln", "stride_klh", l_.axes.k_long);
     return strides("stride_vlb", "stride_vln", "stride_vlh", l_.axes.v_long);
@@ -66,6 +75,10 @@ class Args {
   }
 
  private:
+  static bool takes_bounds(const Kernel& kernel) {
+    return std::any_of(kernel.params.begin(), kernel.params.end(),
+                       [](const Param& p) { return std::string_view(p.name) == "bounds_ptr"; });
+  }
   Args& push(const Arg& arg) {
     list_.push_back(arg);
     return *this;
@@ -73,6 +86,7 @@ class Args {
 
   const Launch& l_;
   const size_t maps_;
+  const bool takes_bounds_;
   std::vector<Arg> list_;
 };
 
@@ -149,7 +163,8 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   Args args(l, dq);
   args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out);
   args.pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse).pointer("grad_q_ptr", grad_q);
-  args.pointer("statistics_ptr", statistics).problem(&grad_out).integer("has_grad_lse", grad_lse.has_value());
+  args.pointer("statistics_ptr", statistics).problem(&grad_out).packing();
+  args.integer("has_grad_lse", grad_lse.has_value());
   launch(dq, l.device, l.stream, l.grid(ceil_div(l.rows, dq["BLOCK_M"])), args);
 
   const int64_t block_n = l.scaled_keys();
@@ -194,7 +209,7 @@ void backward_scaled(const Launch& l, const Tensor& grad_out, const std::optiona
   dkv_args.descriptor("part_k_desc", {part_k.const_data_ptr(), {long_rows, p.D}, {p.D, 1}});
   dkv_args.descriptor("part_v_desc", {part_v.const_data_ptr(), {long_rows, p.D}, {p.D, 1}});
   dkv_args.pointer("part_ks_ptr", part_ks).pointer("part_vs_ptr", part_vs);
-  dkv_args.long_strides().short_strides().sizes().integer("num_splits", splits).integer("share", share);
+  dkv_args.long_strides().short_strides().sizes().packing().integer("num_splits", splits).integer("share", share);
   dkv_args.integer("together", together).integer("copy_rows", tokens_of_copy * heads_of_copy);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits), dkv_args);
   add_splits(l, grad, part_k, part_v, parts, block_n);
@@ -217,7 +232,7 @@ void query_gradients(const Launch& l, const Tensor& grad_out, const std::optiona
   Args args(l, dq);
   args.inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out);
   args.pointer("grad_lse_ptr", grad_lse ? *grad_lse : lse).pointer("grad_q_ptr", grad_q).pointer("delta_ptr", delta);
-  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v).problem(&grad_out);
+  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v).problem(&grad_out).packing();
   args.integer("has_grad_lse", grad_lse.has_value());
   if (!skewed) args.integer("chunk_tiles", chunk_tiles);
   args.integer("chunk_span", chunk_span);
@@ -239,7 +254,11 @@ void key_gradients(const Launch& l, const Tensor& grad_out, const Tensor& lse, c
   Args args(l, dkv);
   args.inputs().pointer("lse_ptr", lse).pointer("grad_out_ptr", grad_out).pointer("delta_ptr", delta);
   args.pointer("grad_k_ptr", grad.k_long).pointer("grad_v_ptr", grad.v_long);
-  args.pointer("part_k_ptr", part_k).pointer("part_v_ptr", part_v).problem(&grad_out).integer("num_splits", splits);
+  args.pointer("part_k_ptr", part_k)
+      .pointer("part_v_ptr", part_v)
+      .problem(&grad_out)
+      .packing()
+      .integer("num_splits", splits);
   launch(dkv, l.device, l.stream, l.grid(blocks * splits), args);
   if (splits > 1) add_splits(l, grad, part_k, part_v, splits, block_n);
 }
@@ -276,7 +295,7 @@ void forward_cuda(const TwoSimplicialAttention& p, Tensor& out, Tensor& lse) {
   if (const auto plan = l.decode()) return decode(l, *plan, out, lse);
   const Kernel& kernel = l.forward();
   launch(kernel, l.device, l.stream, l.grid(ceil_div(l.rows, kernel["BLOCK_M"])),
-         Args(l, kernel).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem());
+         Args(l, kernel).inputs().pointer("out_ptr", out).pointer("lse_ptr", lse).problem().packing());
 }
 
 void backward_cuda(const TwoSimplicialAttention& p, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,

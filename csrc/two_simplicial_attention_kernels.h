@@ -13,6 +13,7 @@
 
 namespace simplex {
 
+inline const KernelFamily kSequenceBounds("sequence_bounds", {});
 inline const KernelFamily kForward("two_simplicial_fwd", {"dtype", "HEAD_DIM", "SHARE"});
 inline const KernelFamily kForwardScaled("two_simplicial_fwd_scaled", {"dtype", "HEAD_DIM", "BLOCK_N"});
 inline const KernelFamily kForwardSkewed("two_simplicial_fwd_skewed", {"dtype", "HEAD_DIM"});
@@ -53,7 +54,8 @@ struct Launch {
   int device;
   void* stream;
   int64_t dtype, head_dim;
-  int64_t rows;  // of one kv head
+  int64_t rows;                  // of one kv head
+  std::optional<Tensor> bounds;  // [2, Nk] of packed sequences: triton_kernels/sequence_bounds.py
 
   Launch(const char* op, const TwoSimplicialAttention& p)
       : p(p),
@@ -68,6 +70,7 @@ struct Launch {
     SIMPLEX_EXPECT(rows < (int64_t{1} << 31) - 256, op, "length * heads of q / heads of k1 to be below 2^31, got ",
                    rows);
     SIMPLEX_EXPECT(p.Nk < int64_t{1} << 30, op, "the length of k1 to be below 2^30, got ", p.Nk);
+    if (p.cu_seqlens) find_bounds();
   }
 
   // The variant whose runs of rows with one token are longest, of those that the group consists of.
@@ -173,6 +176,19 @@ struct Launch {
   }
 
  private:
+  void find_bounds() {
+    const Kernel& kernel = kSequenceBounds.find(device, {});
+    const auto num_tokens = static_cast<int32_t>(p.Nk), num_sequences = static_cast<int32_t>(p.cu_seqlens->numel() - 1);
+    int32_t search_steps = 0;
+    while (int64_t{1} << search_steps < num_sequences) ++search_steps;
+    bounds = empty_like_device(p.q, {2, p.Nk}, ScalarType::Int);
+    simplex::launch(kernel, device, stream, {static_cast<unsigned>(ceil_div(p.Nk, kernel["BLOCK"])), 1, 1},
+                    {{"cu_seqlens_ptr", p.cu_seqlens->const_data_ptr()},
+                     {"bounds_ptr", bounds->const_data_ptr()},
+                     {"num_tokens", num_tokens},
+                     {"num_sequences", num_sequences},
+                     {"search_steps", search_steps}});
+  }
   const Kernel* skewed_kernel(const KernelFamily& family) const {
     return portable_only() ? nullptr : family.find_if(device, {dtype, head_dim});
   }

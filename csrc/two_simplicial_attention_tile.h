@@ -41,9 +41,9 @@ struct Operands {
   Operands(const Problem<In>& p, const Tile& tile, Arena<T>& arena) : p(p), tile(tile), ld(padded(p.D)) {
     first_token = tile.first_query + p.Nk - p.Nq;
     const int64_t past_token = first_token + tile.queries;
-    short_begin = std::max<int64_t>(0, first_token - p.w_short + 1);
+    short_begin = std::max(p.start(first_token), first_token - p.w_short + 1);
     short_count = past_token - short_begin;
-    long_begin = std::max<int64_t>(0, first_token - p.w_long + 1);
+    long_begin = std::max(p.start(first_token), first_token - p.w_long + 1);
     long_end = past_token;
     // A chunk of keys and all that goes with it stays in the second-level cache; chunks of equal size leave no small
     // rest.
@@ -99,7 +99,10 @@ struct Operands {
   void rewind() { end = 0; }
 
   // Short keys of a token, times the heads.
-  int64_t rows_of(int64_t token) const { return std::min(p.w_short, first_token + token + 1) * p.group; }
+  int64_t rows_of(int64_t token) const {
+    const int64_t position = first_token + token;
+    return std::min(p.w_short, position - p.start(position) + 1) * p.group;
+  }
 };
 
 // Rows [first_row, ...) of the tokens [token, token + tokens), against the long keys [begin, end).
@@ -117,7 +120,7 @@ Block fill_block(Operands<In>& o, int64_t token, int64_t tokens, int64_t first_r
     for (int64_t r = first_row; r < stop; ++r) {
       Row& row = o.rows[count];
       row = {n * o.p.group + r % o.p.group, position - r / o.p.group - o.short_begin,
-             std::max(o.begin, position - o.p.w_long + 1), std::min(o.end, position + 1)};
+             std::max({o.begin, position - o.p.w_long + 1, o.p.start(position)}), std::min(o.end, position + 1)};
       const T* __restrict q = o.q + row.query * o.ld;
       const T* __restrict k = o.k_short + row.short_key * o.ld;
       T* __restrict a = o.a + count * o.ld;
@@ -136,7 +139,9 @@ SIMPLEX_INLINE void for_each_block(Operands<In>& o, Body body) {
   const int64_t step = std::max<int64_t>(1, kMinRows / full);
   for (int64_t token = 0; token < o.tile.queries; token += step) {
     const int64_t tokens = std::min(step, o.tile.queries - token);
-    for (int64_t row = 0; row < o.rows_of(token + tokens - 1); row += kBlockRows) {
+    int64_t most = 0;  // a token at the start of a sequence has fewer rows than the one before
+    for (int64_t n = token; n < token + tokens; ++n) most = std::max(most, o.rows_of(n));
+    for (int64_t row = 0; row < most; row += kBlockRows) {
       const Block block = fill_block(o, token, tokens, row);
       if (block.begin < block.end) body(block);
     }

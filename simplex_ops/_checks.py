@@ -37,6 +37,17 @@ def expect_floating(op: str, name: str, x: Tensor) -> None:
     expect(op, x.dtype in dtypes, f"{name} to be {names} on {x.device.type}, got {dtype_name(x)}")
 
 
+def expect_cu_seqlens(op: str, cu_seqlens: Tensor, name: str, x: Tensor) -> None:
+    """Sequences that lie one after the other in x [1, length, ...]. The values are for the kernels to look at."""
+    what = f"cu_seqlens to be 1-dimensional [sequences + 1], got {cu_seqlens.dim()} dimensions"
+    expect(op, cu_seqlens.dim() == 1, what)
+    count = cu_seqlens.shape[0]
+    expect(op, count >= 2, f"cu_seqlens to hold at least 2 values, got {count}")
+    expect_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    expect_device(op, "cu_seqlens", cu_seqlens, name, x)
+    expect(op, x.shape[0] == 1, f"the batch of {name} to be 1 with cu_seqlens, got {x.shape[0]}")
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What sums over x are taken and returned in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

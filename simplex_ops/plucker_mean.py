@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import expect, expect_device, expect_dtype, expect_floating, expect_like, expect_sizes
+from ._checks import expect, expect_cu_seqlens, expect_device, expect_dtype, expect_floating, expect_like, expect_sizes
 from ._library import register_flops
 
 
@@ -92,13 +92,7 @@ def check_plucker_mean(
         expect_dtype(op, "valid", valid, torch.bool)
         expect_device(op, "valid", valid, "z", z)
     if cu_seqlens is not None:
-        what = f"cu_seqlens to be 1-dimensional [sequences + 1], got {cu_seqlens.dim()} dimensions"
-        expect(op, cu_seqlens.dim() == 1, what)
-        count = cu_seqlens.shape[0]
-        expect(op, count >= 2, f"cu_seqlens to hold at least 2 values, got {count}")
-        expect_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
-        expect_device(op, "cu_seqlens", cu_seqlens, "z", z)
-        expect(op, z.shape[0] == 1, f"the batch of z to be 1 with cu_seqlens, got {z.shape[0]}")
+        expect_cu_seqlens(op, cu_seqlens, "z", z)
     return r * (r - 1) // 2
 
 

@@ -7,7 +7,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._checks import dtype_name, expect, expect_device, expect_dtype, expect_like, expect_sizes, wide_dtype
+from ._checks import (
+    dtype_name,
+    expect,
+    expect_cu_seqlens,
+    expect_device,
+    expect_dtype,
+    expect_like,
+    expect_sizes,
+    wide_dtype,
+)
 from ._library import register_flops
 
 _DTYPES = {
@@ -181,7 +190,6 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
-    expect(op, cu_seqlens is None, "cu_seqlens to be None: packed sequences are not built yet")
     keys = {"k1": k1, "k2": k2, "v1": v1, "v2": v2}
     for name, x in (("q", q), ("k1", k1)):
         wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
@@ -203,6 +211,10 @@ def _check(
     expect(op, kv_heads >= 1, multiple)
     expect(op, heads % kv_heads == 0, multiple)
     expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
+    if cu_seqlens is not None:
+        expect_cu_seqlens(op, cu_seqlens, "q", q)
+        same = f"the length of q to be that of k1 ({kv_length}) with cu_seqlens, got {length}"
+        expect(op, length == kv_length, same)
     for name, w in (("w1", w1), ("w2", w2)):
         expect(op, w >= 1, f"{name} to be at least 1, got {w}")
     expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")
