@@ -233,9 +233,9 @@ def _own_steps(first_pos, last_pos, first_b, num_b, w_b):
 
 
 @gluon.jit
-def _sees_one_pair(pos, w_long, w_short):
+def _sees_one_pair(age, w_long, w_short):
     """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated)."""
-    return (pos == 0) | (w_long + w_short == 2)
+    return (age == 0) | (w_long + w_short == 2)
 
 
 @gluon.jit
@@ -247,6 +247,18 @@ def _lane_sums(p):
 @gluon.jit
 def _over_columns(x, like):
     return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _start_of(pos, bounds_ptr, num_bounds):
+    """The first position of pos' sequence."""
+    return gl.load(bounds_ptr + pos, mask=pos < num_bounds, other=0)
+
+
+@gluon.jit
+def _end_of(pos, bounds_ptr, num_bounds, num_keys):
+    """One past its last."""
+    return gl.load(bounds_ptr + num_bounds + pos, mask=pos < num_bounds, other=num_keys)
 
 
 @gluon.jit
