@@ -88,13 +88,14 @@ class Band:
 def _band_of(first_row, num_rows, num_keys, group, past, w_long, w_short, bounds_ptr, packed,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     end_n = (first_row + BLOCK_M - 1) // group + past + 1  # of a full block, so that a tile holds the own keys of 64 rows
-    zero = end_n * 0
-    band = Band(end_n, zero, zero, w_long, w_short, bounds_ptr, gl.where(packed != 0, num_keys, 0))
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    first_pos = first_row // group + past
+    begin_n = gl.maximum(first_pos - w_long + 1, _start_of(first_pos, bounds_ptr, num_bounds))
     rows: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [gl.num_warps()], [0])
     pos = gl.minimum(first_row + gl.arange(0, BLOCK_M, rows), num_rows - 1) // group + past
-    num_offsets = gl.minimum(w_short, gl.max(pos - band.start_of(pos), 0) + 1)
-    num_tiles = gl.cdiv(end_n - 1 - band.since(first_row // group + past), BLOCK_N)
-    return Band(end_n, num_tiles, num_offsets, w_long, w_short, bounds_ptr, band.num_bounds)
+    oldest = gl.max(pos - _start_of(pos, bounds_ptr, num_bounds), 0)
+    num_offsets = gl.minimum(w_short, oldest + 1)
+    return Band(end_n, gl.cdiv(end_n - begin_n, BLOCK_N), num_offsets, w_long, w_short, bounds_ptr, num_bounds)
 
 
 @gluon.jit

@@ -25,7 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from triton_kernels.scaled_tiles import LOG2E, ROWS, _advance, _as_pairs, _end_of, _multiply_pairs, _pairs, _row_ptrs, _skip, _start_of
+from triton_kernels.scaled_tiles import (
+    LOG2E,
+    ROWS,
+    _advance,
+    _as_pairs,
+    _end_of,
+    _multiply_pairs,
+    _pairs,
+    _row_ptrs,
+    _skip,
+    _start_of,
+)
 from triton_kernels.variant import Variant
 
 
@@ -36,8 +47,7 @@ class Ring:
     a: gl.shared_memory_descriptor  # [stages, 64, HEAD_DIM]
     b: gl.shared_memory_descriptor
     statistics: gl.shared_memory_descriptor  # [2 * stages, 64]: -lse as an exponent of 2 and -delta
-    # [stages, 64]: twice the position, + 1 where the row sees one pair; -2: no row, or none with a short key at this offset
-    pos: gl.shared_memory_descriptor
+    pos: gl.shared_memory_descriptor  # [stages, 64], doubled, + 1 where a row sees one pair; -2: no row, or no short key
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
@@ -58,8 +68,7 @@ def _rows_of(first_n, num_n, num_keys, past, group, w_long, bounds_ptr, num_boun
 
 @gluon.jit
 def _num_offsets(first_row, end, group, past, w_short, bounds_ptr, num_bounds, BLOCK_M: gl.constexpr):
-    """Offsets at which some of the rows from first_row on may have a short key, and those at which all have one if all are of
-    one sequence."""
+    """Offsets at which rows from first_row on may have a short key, and those at which all do if they are of one sequence."""
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + BLOCK_M, end) - 1) // group + past
     start = _start_of(first_pos, bounds_ptr, num_bounds)
@@ -158,8 +167,7 @@ def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, pa
     own_begin, own_end = _rows_of(first_n, ROWS, num_keys, past, group, w_long, bounds_ptr, num_bounds)
     first_key = gl.minimum(first_n, num_keys - 1)
     first_end = _end_of(first_key, bounds_ptr, num_bounds, num_keys)
-    # Rows that see a key: so many from the key's position on.
-    count = gl.minimum(_end_of(n, bounds_ptr, num_bounds, num_keys) - n, w_long)
+    count = gl.minimum(_end_of(n, bounds_ptr, num_bounds, num_keys) - n, w_long)  # positions that see a key, from its own on
     to_exponent = scale * LOG2E
     zero_s = gl.full([ROWS, ROWS], 0.0, gl.float32, s_mma)
     grad_k = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
@@ -188,8 +196,8 @@ def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, pa
                 single = ((pos & 1) != 0)[None, :]  # P is 1 whatever the logit, and dS exactly dlse
                 exponent = gl.where(single, 0.0, exponent)
                 dp = gl.where(single, 0.0, dp)
-                age = (pos[None, :] - 2 * n[:, None]).to(gl.uint32, bitcast=True)
-                valid = age < (2 * count).to(gl.uint32, bitcast=True)[:, None]
+                twice_age = (pos[None, :] - 2 * n[:, None]).to(gl.uint32, bitcast=True)
+                valid = twice_age < (2 * count).to(gl.uint32, bitcast=True)[:, None]
                 exponent = gl.where(valid, exponent, float("-inf"))
             p = gl.exp2(exponent)
             minus_delta = gl.broadcast(ring.statistics.index(2 * stage + 1).load(columns)[None, :], s)[0]
@@ -282,11 +290,11 @@ def two_simplicial_bwd_dkv_skewed(
     gl.warp_specialize(
         [
             (_key_gradients, (ring, keys, 0, grad_k_ptr, grad_v_ptr, part_k_ptr, part_v_ptr, first_n, first_part, first_out, kv_heads,
-                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr, num_bounds, HEAD_DIM,
-                              BLOCK_M)),
+                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr,
+                              num_bounds, HEAD_DIM, BLOCK_M)),
             (_key_gradients, (ring, keys, 1, grad_k_ptr, grad_v_ptr, part_k_ptr, part_v_ptr, first_n, first_part, first_out, kv_heads,
-                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr, num_bounds, HEAD_DIM,
-                              BLOCK_M)),
+                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr,
+                              num_bounds, HEAD_DIM, BLOCK_M)),
             (_scale_rows, (ring, q_ptr, k_short_ptr, v_short_ptr, lse_ptr + first_lse, grad_out_ptr, delta_ptr + first_lse, stride_qn,
                            stride_qh, stride_ksn, stride_vsn, stride_gn, stride_gh, begin, end, num_queries, group, past, head_dim,
                            w_short, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_M)),
