@@ -80,7 +80,8 @@ class Band:
     def own_tiles(self, first_pos, last_pos, BLOCK_N: gl.constexpr):
         """Of the tiles, those that positions first_pos to last_pos see: how many come before, and how many they are."""
         newest = (self.end_n - 1 - last_pos) // BLOCK_N
-        oldest = (self.end_n - 2 - self.since(first_pos)) // BLOCK_N
+        # At most the last: wrong cu_seqlens, whose starts may descend, must not make it wait for a tile that nobody fetches.
+        oldest = gl.minimum((self.end_n - 2 - self.since(first_pos)) // BLOCK_N, self.num_tiles - 1)
         return newest, oldest - newest + 1
 
 
@@ -198,6 +199,8 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     row_sum = _lane_sums(zero_s)
     out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
+    # It skips the others' tiles while it holds one and waits for one: where sequences begin, more than the ring has may be left.
+    own_num = gl.maximum(own_num, band.num_tiles - (ring.full.shape[0] - 2))
     last_since = band.since(last_pos)
     a = _operand(q_smem, short, warpgroup, token, short_phase, True, a_layout)
     stage, phase = ring.skip(before, stage, phase)
