@@ -41,8 +41,8 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
                  "), got ", p.Hq);
   SIMPLEX_EXPECT(p.Nq <= p.Nk, op, "the length of q to be at most that of k1 (", p.Nk, "), got ", p.Nq);
   if (cu_seqlens) {
-    p.cu_seqlens = checked_cu_seqlens(op, *cu_seqlens, "q", q);
     SIMPLEX_EXPECT(p.Nq == p.Nk, op, "the length of q to be that of k1 (", p.Nk, ") with cu_seqlens, got ", p.Nq);
+    p.cu_seqlens = checked_cu_seqlens(op, *cu_seqlens, "q", q);
   }
   SIMPLEX_EXPECT(w1 >= 1, op, "w1 to be at least 1, got ", w1);
   SIMPLEX_EXPECT(w2 >= 1, op, "w2 to be at least 1, got ", w2);

@@ -94,7 +94,10 @@ def two_simplicial_attention(
         w2: window of k2 and v2. (k1, v1, w1) and (k2, v2, w2) may be exchanged freely.
         scale: factor of the scores; head_dim ** -0.5 if None.
         determinant: reserved for the rotation-invariant form of the paper's section 5; must be False.
-        cu_seqlens: reserved for packed sequences; must be None.
+        cu_seqlens: int32 [sequences + 1], ascending from 0 to length: several sequences packed into one row, batch 1 and
+            q_length = length, of which the i-th holds the positions cu_seqlens[i] to cu_seqlens[i + 1] - 1. No query sees
+            a key of another sequence: the result is that of a call for each. (On CUDA nobody looks at the values
+            beforehand, for that would wait for the GPU; wrong ones give wrong results and read no foreign memory.)
         return_lse: also return the log-sum-exp, which merges results over disjoint sets of pairs. It is differentiable.
 
     Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
@@ -212,9 +215,9 @@ def _check(
     expect(op, heads % kv_heads == 0, multiple)
     expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
     if cu_seqlens is not None:
-        expect_cu_seqlens(op, cu_seqlens, "q", q)
         same = f"the length of q to be that of k1 ({kv_length}) with cu_seqlens, got {length}"
         expect(op, length == kv_length, same)
+        expect_cu_seqlens(op, cu_seqlens, "q", q)
     for name, w in (("w1", w1), ("w2", w2)):
         expect(op, w >= 1, f"{name} to be at least 1, got {w}")
     expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")

@@ -1,5 +1,6 @@
 """simplex_ops.nn and simplex_ops.models: numbers against plain torch, decoding, equal twins, script and export."""
 
+import itertools
 import math
 
 import pytest
@@ -100,6 +101,18 @@ def test_layer_takes_nothing(batch, length):
 def test_layer_refuses(arguments, message):
     with pytest.raises(ValueError, match=f"TwoSimplicialAttention: {message}"):
         TwoSimplicialAttention(**{"dim": 64, "heads": 4, **arguments})
+
+
+def test_layer_of_packed_sequences(device):
+    layer = TwoSimplicialAttention(48, 4, 2, 16, w1=9, w2=4, bias=True, device=device)
+    bounds = [0, 5, 5, 6, 21]
+    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    x = torch.randn(1, 21, 48, device=device)
+    apart = torch.cat([layer(x[:, first:end]) for first, end in itertools.pairwise(bounds)], 1)
+    for called in (layer, torch.jit.script(layer)):
+        torch.testing.assert_close(called(x, cu_seqlens=starts), apart, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="TwoSimplicialAttention: expected cu_seqlens to be None with a cache"):
+        layer(x, layer.new_cache(1), 0, starts)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)

@@ -94,10 +94,17 @@ class TwoSimplicialAttention(nn.Module):
         self.wv2 = linear(dim, kv_heads * head_dim)
         self.wo = linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: list[Tensor] | None = None,
+        position: int = 0,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attend within ``x`` [batch, length, dim] and, with a cache, to the ``position`` tokens that came before it.
 
-        ``position`` is the number of tokens that the cache has seen; the cache is updated in place.
+        ``position`` is the number of tokens that the cache has seen; the cache is updated in place. Without a cache,
+        ``cu_seqlens`` (int32, from 0 to length) says which sequences lie in ``x``, a batch of 1: none sees another.
         """
         q = self.wq(x).unflatten(-1, (self.heads, self.head_dim))
         kv_shape = (self.kv_heads, self.head_dim)
@@ -106,10 +113,14 @@ class TwoSimplicialAttention(nn.Module):
         v1 = self.wv1(x).unflatten(-1, kv_shape)
         v2 = self.wv2(x).unflatten(-1, kv_shape)
         if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("TwoSimplicialAttention: expected cu_seqlens to be None with a cache, got a tensor")
             self._check_cache(cache[0], x.size(0), position, x.size(1))
             k1, k2, v1, v2 = _extend(cache[0], torch.stack((k1, k2, v1, v2)), position).unbind(0)
         # The dispatcher's op rather than the Python function: TorchScript compiles this line too.
-        out = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, self.w1, self.w2, self.scale)[0]
+        out = torch.ops.simplex.two_simplicial_attention(
+            q, k1, k2, v1, v2, self.w1, self.w2, self.scale, False, cu_seqlens
+        )[0]
         return self.wo(out.flatten(-2))
 
     def _check_cache(self, ring: Tensor, batch: int, position: int, length: int) -> None:
