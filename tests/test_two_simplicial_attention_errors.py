@@ -48,7 +48,6 @@ BAD = {
     "scale NaN": ({"scale": float("nan")}, "expected scale to be finite, got -?nan"),
     "scale infinite": ({"scale": float("inf")}, "expected scale to be finite, got inf"),
     "scale beyond fp32": ({"scale": -1e39}, "expected scale to be within the range of float32, got -1e+39"),
-    "determinant": ({"determinant": True}, "expected determinant to be False: the determinant form is not built yet"),
     "packed and a batch": ({"cu_seqlens": (3,)}, "expected the batch of q to be 1 with cu_seqlens, got 2"),
     "one start": ({"cu_seqlens": (1,)}, "expected cu_seqlens to hold at least 2 values, got 1"),
     "starts of rank 2": (
