@@ -91,6 +91,7 @@ def two_simplicial_fwd(
         v = tl.load(_row_ptrs(v_long_ptr, n, stride_vln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
         at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
         for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
+            # The first row's start, one number for all: what a later row does not see is hidden from its S.
             short_mask = ((short - offset >= first_start) & (short < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
             s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
@@ -294,6 +295,7 @@ def two_simplicial_bwd_dkv(
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
         at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos, last_start, w_long, w_short)
         for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
+            # Each row's own start: 0 times q * k_short of two sequences, which may overflow, would be NaN in grad_k.
             short_mask = ((pos - offset >= row_starts) & (pos < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, pos - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
