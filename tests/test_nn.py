@@ -210,6 +210,19 @@ def test_generate_samples():
         model.generate(prompt[:, :0], 3)
 
 
+def test_any_temperature_samples():
+    """Tiny ones take the most likely token, infinite ones any of the top k alike."""
+    model = small_model(tied=True)
+    prompt = torch.randint(256, (2, 3))
+    greedy = model.generate(prompt, 5, temperature=0.0)
+    for temperature in (5e-324, 1e-40, 1e-37, 1e-30):
+        assert torch.equal(model.generate(prompt, 5, temperature), greedy)
+    two = model(prompt)[:, -1].topk(2).indices
+    drawn = torch.stack([model.generate(prompt, 1, math.inf, top_k=2)[:, -1] for _ in range(40)], 1)
+    for text in range(2):
+        assert set(drawn[text].tolist()) == set(two[text].tolist())
+
+
 def test_script(tmp_path):
     model = small_model()
     torch.jit.script(model).save(str(tmp_path / "model.ts"))

@@ -142,10 +142,12 @@ class DecoderLM(nn.Module):
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    if temperature == 0:
+    if temperature < 1e-37:  # no more than 0 to float32
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # From the largest on, which stays 0: a small temperature takes the others to -inf, not that one to inf.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k > 0:
         threshold = logits.topk(min(top_k, logits.size(-1)), dim=-1)[0][:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(F.softmax(logits, dim=-1), 1)
+        scaled = scaled.masked_fill(logits < threshold, float("-inf"))
+    return torch.multinomial(F.softmax(scaled, dim=-1), 1)
