@@ -266,3 +266,18 @@ def test_state_dict_round_trip(tmp_path):
     assert not torch.equal(other(tokens), model(tokens))
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert torch.equal(other(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied_when_a_model_takes_its_weights_over():
+    model = small_model(tied=True)
+    tokens = torch.randint(256, (2, 20))
+    for assign in (False, True):
+        with torch.device("meta"):
+            other = small_model(tied=True)
+        if not assign:
+            other.to_empty(device="cpu")
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert other.num_parameters() == model.num_parameters()
+        assert torch.equal(other(tokens), model(tokens))
+    torch.testing.assert_close(torch.jit.script(model)(tokens), model(tokens))
