@@ -92,8 +92,9 @@ def _band_of(first_row, num_rows, num_keys, group, past, w_long, w_short, bounds
     num_bounds = gl.where(packed != 0, num_keys, 0)
     first_pos = first_row // group + past
     begin_n = gl.maximum(first_pos - w_long + 1, _start_of(first_pos, bounds_ptr, num_bounds))
-    rows: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [gl.num_warps()], [0])
-    pos = gl.minimum(first_row + gl.arange(0, BLOCK_M, rows), num_rows - 1) // group + past
+    last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
+    warp: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [gl.num_warps()], [0])
+    pos = gl.minimum(first_pos + gl.arange(0, BLOCK_M, warp), last_pos)  # as many tokens as rows, at most
     oldest = gl.max(pos - _start_of(pos, bounds_ptr, num_bounds), 0)
     num_offsets = gl.minimum(w_short, oldest + 1)
     return Band(end_n, gl.cdiv(end_n - begin_n, BLOCK_N), num_offsets, w_long, w_short, bounds_ptr, num_bounds)
@@ -202,6 +203,7 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     # It skips the others' tiles while it holds one and waits for one: where sequences begin, more than the ring has may be left.
     own_num = gl.maximum(own_num, band.num_tiles - (ring.full.shape[0] - 2))
     last_since = band.since(last_pos)
+    since = pos - gl.minimum(band.w_long, age + 1)
     a = _operand(q_smem, short, warpgroup, token, short_phase, True, a_layout)
     stage, phase = ring.skip(before, stage, phase)
     mbarrier.wait(ring.full.index(stage), phase)
@@ -209,7 +211,6 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     s = warpgroup_mma_wait(0, deps=(s,))
     for offset in range(band.num_offsets):
         seen = age >= offset
-        since = pos - gl.minimum(band.w_long, age + 1)
         start = band.end_n - (before + 1) * BLOCK_N
         at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
         n = _columns(start, s)
