@@ -123,24 +123,24 @@ def _change_offset(u, w, staging, q, ab, dq, rows, k_short_ptr, v_short_ptr, gra
 
 
 @gluon.jit
-def _hide(s, dp, n, last, count):
-    """-inf in place of s and 0 in place of dP where the column is none of the `count` up to `last`: see scaled_tiles._hide."""
-    n = gl.broadcast(n[None, :], s)[0]
-    last = gl.broadcast(last[:, None], s)[0]
-    count = gl.broadcast(count[:, None], s)[0]
+def _hide(exponent, dp, n, last, count):
+    """-inf in place of the exponent and 0 in place of dP where the column is none of the `count` up to `last`: see scaled_tiles._hide."""
+    n = gl.broadcast(n[None, :], exponent)[0]
+    last = gl.broadcast(last[:, None], exponent)[0]
+    count = gl.broadcast(count[:, None], exponent)[0]
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 age; sub.u32 age, $5, $4; setp.lt.u32 p, age, $6; selp.f32 $0, $2, 0fFF800000, p; "
         "selp.f32 $1, $3, 0f00000000, p; }",
-        "=f,=f,f,f,r,r,r", [s, dp, n, last, count], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)  # fmt: skip
+        "=f,=f,f,f,r,r,r", [exponent, dp, n, last, count], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)  # fmt: skip
 
 
 @gluon.jit
 def _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, one_pair, seen, single):
     """P and dS, 0 for pairs that are not seen."""
-    if at_edge:
-        s, dp = _hide(s, dp, n, pos, pos - since)
     shift = gl.where(seen, -lse2, float("-inf"))
     exponent = gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0])
+    if at_edge:  # the exponent, not S: a negative scale would make inf of -inf
+        exponent, dp = _hide(exponent, dp, n, pos, pos - since)
     if one_pair:
         exponent = gl.where(single[:, None] & (exponent > float("-inf")), 0.0, exponent)
         dp = gl.where(single[:, None], 0.0, dp)
