@@ -13,9 +13,8 @@ constexpr int64_t kMaxHeadDim = 256;
 
 // The fake kernels (simplex_ops/two_simplicial_attention.py) check the same in the same words.
 TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
-                               const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale, bool determinant,
+                               const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale,
                                const std::optional<Tensor>& cu_seqlens) {
-  SIMPLEX_EXPECT(!determinant, op, "determinant to be False: the determinant form is not built yet");
   const std::array<std::pair<const char*, const Tensor*>, 5> tensors{
       {{"q", &q}, {"k1", &k1}, {"k2", &k2}, {"v1", &v1}, {"v2", &v2}}};
   for (size_t i : {0, 1}) {
@@ -41,8 +40,8 @@ TwoSimplicialAttention checked(const char* op, const Tensor& q, const Tensor& k1
                  "), got ", p.Hq);
   SIMPLEX_EXPECT(p.Nq <= p.Nk, op, "the length of q to be at most that of k1 (", p.Nk, "), got ", p.Nq);
   if (cu_seqlens) {
-    p.cu_seqlens = checked_cu_seqlens(op, *cu_seqlens, "q", q);
     SIMPLEX_EXPECT(p.Nq == p.Nk, op, "the length of q to be that of k1 (", p.Nk, ") with cu_seqlens, got ", p.Nq);
+    p.cu_seqlens = checked_cu_seqlens(op, *cu_seqlens, "q", q);
   }
   SIMPLEX_EXPECT(w1 >= 1, op, "w1 to be at least 1, got ", w1);
   SIMPLEX_EXPECT(w2 >= 1, op, "w2 to be at least 1, got ", w2);
@@ -64,8 +63,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
                                  const Tensor& v2, int64_t w1, int64_t w2, std::optional<double> scale,
-                                 bool determinant, const std::optional<Tensor>& cu_seqlens) {
-  const auto p = checked("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
+                                 const std::optional<Tensor>& cu_seqlens) {
+  const auto p = checked("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, cu_seqlens);
   Tensor out = empty_like_device(q, {p.B, p.Nq, p.Hq, p.D}, p.dtype);
   Tensor lse = empty_like_device(q, {p.B, p.Hq, p.Nq}, wide_dtype(q));
   if (out.numel() == 0) return {out, lse};
@@ -76,10 +75,10 @@ Outputs two_simplicial_attention(const Tensor& q, const Tensor& k1, const Tensor
 Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                                             const Tensor& q, const Tensor& k1, const Tensor& k2, const Tensor& v1,
                                             const Tensor& v2, const Tensor& out, const Tensor& lse, int64_t w1,
-                                            int64_t w2, std::optional<double> scale, bool determinant,
+                                            int64_t w2, std::optional<double> scale,
                                             const std::optional<Tensor>& cu_seqlens) {
   constexpr const char* op = "two_simplicial_attention_backward";
-  const auto p = checked(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens);
+  const auto p = checked(op, q, k1, k2, v1, v2, w1, w2, scale, cu_seqlens);
   for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
     expect_sizes(op, name, *t, {p.B, p.Nq, p.Hq, p.D}, "that of q");
     expect_like(op, name, *t, "q", q);
@@ -110,10 +109,10 @@ Gradients two_simplicial_attention_backward(const Tensor& grad_out, const std::o
 STABLE_TORCH_LIBRARY_FRAGMENT(simplex, m) {
   m.def(
       "two_simplicial_attention(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, SymInt w1, SymInt w2, "
-      "float? scale=None, bool determinant=False, Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
+      "float? scale=None, Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
   m.def(
       "two_simplicial_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k1, Tensor k2, "
-      "Tensor v1, Tensor v2, Tensor out, Tensor lse, SymInt w1, SymInt w2, float? scale=None, bool determinant=False, "
+      "Tensor v1, Tensor v2, Tensor out, Tensor lse, SymInt w1, SymInt w2, float? scale=None, "
       "Tensor? cu_seqlens=None) -> (Tensor grad_q, Tensor grad_k1, Tensor grad_k2, Tensor grad_v1, Tensor grad_v2)");
 }
 

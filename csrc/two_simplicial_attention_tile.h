@@ -137,11 +137,12 @@ template <class In, class Body>
 SIMPLEX_INLINE void for_each_block(Operands<In>& o, Body body) {
   const int64_t full = o.p.w_short * o.p.group;
   const int64_t step = std::max<int64_t>(1, kMinRows / full);
-  for (int64_t token = 0; token < o.tile.queries; token += step) {
-    const int64_t tokens = std::min(step, o.tile.queries - token);
-    int64_t most = 0;  // a token at the start of a sequence has fewer rows than the one before
-    for (int64_t n = token; n < token + tokens; ++n) most = std::max(most, o.rows_of(n));
-    for (int64_t row = 0; row < most; row += kBlockRows) {
+  const auto start = [&](int64_t token) { return o.p.start(o.first_token + token); };
+  for (int64_t token = 0, tokens; token < o.tile.queries; token += tokens) {
+    // Of one sequence: a mask only multiplies by 0, and what another sequence holds need not be finite.
+    const int64_t most = std::min(step, o.tile.queries - token);
+    for (tokens = 1; tokens < most && start(token + tokens) == start(token);) ++tokens;
+    for (int64_t row = 0; row < o.rows_of(token + tokens - 1); row += kBlockRows) {
       const Block block = fill_block(o, token, tokens, row);
       if (block.begin < block.end) body(block);
     }

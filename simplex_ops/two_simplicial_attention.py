@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import (
@@ -93,9 +94,19 @@ def two_simplicial_attention(
             full causal attention on that axis.
         w2: window of k2 and v2. (k1, v1, w1) and (k2, v2, w2) may be exchanged freely.
         scale: factor of the scores; head_dim ** -0.5 if None.
-        determinant: reserved for the rotation-invariant form of the paper's section 5; must be False.
-        cu_seqlens: reserved for packed sequences; must be None.
+        determinant: the rotation-invariant form of the paper's section 5, see below. head_dim is any number up to 128 then.
+        cu_seqlens: int32 [sequences + 1], ascending from 0 to length: several sequences packed into one row, batch 1 and
+            q_length = length, of which the i-th holds the positions cu_seqlens[i] to cu_seqlens[i + 1] - 1. No query sees
+            a key of another sequence: the result is that of a call for each. (On CUDA nobody looks at the values
+            beforehand, for that would wait for the GPU; wrong ones give wrong results and read no foreign memory.)
         return_lse: also return the log-sum-exp, which merges results over disjoint sets of pairs. It is differentiable.
+
+    With ``determinant`` the three vectors are cut into chunks of 3, and a score is what no rotation of 3-space changes::
+
+        A_ijk = scale * (sum over chunks of det[q_i; k1_j; k2_k] + sum over the last head_dim % 3 dims of q_id k1_jd k2_kd)
+
+    Exchanging the two axes flips the sign of the determinants. As det[a; b; c] = a . (b x c) has six products where a
+    chunk of the plain form has three, it is the plain form of twice the head_dim, and costs as much.
 
     Dtypes: float32, float16, bfloat16 on CUDA; float32, float64, bfloat16 on the CPU. head_dim is a multiple of 8 up to
     256. All five tensors share dtype and device; they may be strided. `torch.autocast` casts them to its dtype. In float16
@@ -107,8 +118,8 @@ def two_simplicial_attention(
         inputs). Both are once differentiable with respect to q, k1, k2, v1 and v2.
 
     Raises:
-        RuntimeError: a rank, shape, dtype, device, window or scale that is not as above, or a reserved argument; the
-            message names the argument, its value and what was expected. Also on a CUDA architecture without a kernel in
+        RuntimeError: a rank, shape, dtype, device, window or scale that is not as above; the message names the
+            argument, its value and what was expected. Also on a CUDA architecture without a kernel in
             the package; it names those that have one.
 
     >>> q = torch.randn(2, 512, 8, 64)
@@ -116,10 +127,51 @@ def two_simplicial_attention(
     >>> two_simplicial_attention(q, k1, k2, v1, v2, 128, 16).shape
     torch.Size([2, 512, 8, 64])
     """
-    out, lse = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    inputs, head_dim = (q, k1, k2, v1, v2), None
+    if determinant:
+        head_dim = _checked_head_dim("two_simplicial_attention", *inputs)
+        scale = head_dim**-0.5 if scale is None else scale
+        inputs = determinant_as_product(*inputs)
+    out, lse = torch.ops.simplex.two_simplicial_attention(*inputs, w1, w2, scale, cu_seqlens)
+    if head_dim is not None:
+        out = out[..., :head_dim].contiguous()
     if return_lse:
         return out, lse
     return out
+
+
+def determinant_as_product(
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of the plain form whose scores are the determinant form's; its out has zeros behind the head_dim of q.
+
+    det[q; k1; k2] = sum_d q_d (k1_d' k2_d'' - k1_d'' k2_d'), where d, d', d'' are the dims of a chunk in cyclic order.
+    """
+    whole = q.size(-1) // 3 * 3
+    padding = -(q.size(-1) + whole) % 8
+    chunks, rest = q[..., :whole], q[..., whole:]
+    q = F.pad(torch.cat((chunks, -chunks, rest), -1), (0, padding))
+    k1 = F.pad(torch.cat((_turned(k1, whole, -1), _turned(k1, whole, 1), k1[..., whole:]), -1), (0, padding))
+    k2 = F.pad(torch.cat((_turned(k2, whole, 1), _turned(k2, whole, -1), k2[..., whole:]), -1), (0, padding))
+    return q, k1, k2, F.pad(v1, (0, whole + padding)), F.pad(v2, (0, whole + padding))
+
+
+def _turned(x: Tensor, whole: int, by: int) -> Tensor:
+    """The chunks of x, the dims of each moved on by one place (by = 1) or back (-1)."""
+    return x[..., :whole].unflatten(-1, (whole // 3, 3)).roll(by, -1).flatten(-2)
+
+
+def _checked_head_dim(op: str, *tensors: Tensor) -> int:
+    """That of q, after the checks that the op could only make of the inputs that it gets."""
+    dim = tensors[0].shape[-1] if tensors[0].dim() else 0
+    for name, x in zip(("q", "k1", "k2", "v1", "v2"), tensors, strict=True):
+        wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
+        expect(op, x.dim() == 4, wanted)
+        expect(op, x.shape[-1] == dim, f"the head_dim of {name} to be that of q ({dim}), got {x.shape[-1]}")
+    in_range = f"the head_dim of q to be from 1 to 128 in the determinant form, got {dim}"
+    for condition in (dim >= 1, dim <= 128):
+        expect(op, condition, in_range)
+    return dim
 
 
 # The fakes: the checks and texts of csrc/two_simplicial_attention.cpp, on sizes that may be symbols.
@@ -135,10 +187,9 @@ def _forward_fake(
     w1: int,
     w2: int,
     scale: float | None = None,
-    determinant: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    _check("two_simplicial_attention", q, k1, k2, v1, v2, w1, w2, scale, cu_seqlens)
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=wide_dtype(q))
 
 
@@ -156,11 +207,10 @@ def _backward_fake(
     w1: int,
     w2: int,
     scale: float | None = None,
-    determinant: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     op = "two_simplicial_attention_backward"
-    _check(op, q, k1, k2, v1, v2, w1, w2, scale, determinant, cu_seqlens)
+    _check(op, q, k1, k2, v1, v2, w1, w2, scale, cu_seqlens)
     for name, x in {"grad_out": grad_out, "out": out}.items():
         expect_sizes(op, name, x, tuple(q.shape), "that of q")
         expect_like(op, name, x, "q", q)
@@ -186,10 +236,8 @@ def _check(
     w1: int,
     w2: int,
     scale: float | None,
-    determinant: bool,
     cu_seqlens: Tensor | None,
 ) -> None:
-    expect(op, not determinant, "determinant to be False: the determinant form is not built yet")
     keys = {"k1": k1, "k2": k2, "v1": v1, "v2": v2}
     for name, x in (("q", q), ("k1", k1)):
         wanted = f"{name} to be 4-dimensional [batch, length, heads, head_dim], got {x.dim()} dimensions"
@@ -212,9 +260,9 @@ def _check(
     expect(op, heads % kv_heads == 0, multiple)
     expect(op, length <= kv_length, f"the length of q to be at most that of k1 ({kv_length}), got {length}")
     if cu_seqlens is not None:
-        expect_cu_seqlens(op, cu_seqlens, "q", q)
         same = f"the length of q to be that of k1 ({kv_length}) with cu_seqlens, got {length}"
         expect(op, length == kv_length, same)
+        expect_cu_seqlens(op, cu_seqlens, "q", q)
     for name, w in (("w1", w1), ("w2", w2)):
         expect(op, w >= 1, f"{name} to be at least 1, got {w}")
     expect(op, scale is None or math.isfinite(scale), f"scale to be finite, got {scale}")

@@ -1,5 +1,6 @@
 """Drawing attention problems, evaluating them three times (op, plain torch, truth) and judging the difference."""
 
+import itertools
 from dataclasses import dataclass
 
 import reference
@@ -88,6 +89,7 @@ class Problem:
     scale: float | None = None
     grad_out: torch.Tensor | None = None
     grad_lse: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
 
     @property
     def dtype(self):
@@ -96,9 +98,15 @@ class Problem:
 
 def draw(
     *, batch=2, n_q=None, n_k=16, kv_heads=1, ratio=2, dim=16, w1=5, w2=3, dtype=torch.float32, device="cpu",
-    scale=None, grad_lse=True, layout=contiguous,
+    scale=None, grad_lse=True, layout=contiguous, lengths=None,
 ):  # fmt: skip
-    """A problem of unit normal inputs. `layout` places every tensor, the incoming gradient included."""
+    """A problem of unit normal inputs. `layout` places every tensor, the incoming gradient included. `lengths`: of packed
+    sequences, in place of batch, n_q and n_k."""
+    cu_seqlens = None
+    if lengths is not None:
+        bounds = [0, *itertools.accumulate(lengths)]
+        batch, n_q, n_k = 1, bounds[-1], bounds[-1]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     n_q = n_k if n_q is None else n_q
     heads = kv_heads * ratio
 
@@ -108,14 +116,15 @@ def draw(
     inputs = [layout(normal(batch, n_q, heads, dim))]
     inputs += [layout(normal(batch, n_k, kv_heads, dim)) for _ in range(4)]
     lse_gradient = torch.randn(batch, heads, n_q, device=device).to(reference.wide(dtype)) if grad_lse else None
-    return Problem(inputs, w1, w2, scale, layout(normal(batch, n_q, heads, dim)), lse_gradient)
+    return Problem(inputs, w1, w2, scale, layout(normal(batch, n_q, heads, dim)), lse_gradient, cu_seqlens)
 
 
 def evaluate(function, problem, dtype=None, inputs=None):
     """{'out', 'lse', 'grad_q', ..., 'grad_v2'} of `function`, computed in `dtype` (default: the problem's own)."""
     dtype = dtype or problem.dtype
     inputs = [x.detach().to(dtype).requires_grad_() for x in (inputs or problem.inputs)]
-    out, lse = function(*inputs, problem.w1, problem.w2, scale=problem.scale)
+    packing = {} if problem.cu_seqlens is None else {"cu_seqlens": problem.cu_seqlens}
+    out, lse = function(*inputs, problem.w1, problem.w2, scale=problem.scale, **packing)
     outputs, incoming = [out], [problem.grad_out.to(dtype)]
     if problem.grad_lse is not None:
         outputs, incoming = [out, lse], [*incoming, problem.grad_lse.to(reference.wide(dtype))]

@@ -13,13 +13,19 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
-def two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale=None):
+def two_simplicial_attention(q, k1, k2, v1, v2, w1, w2, scale=None, cu_seqlens=None):
     """out_i = sum_jk P_ijk (v1_j * v2_k) and lse_i = ln sum_jk exp(A_ijk), P the joint softmax over the valid (j, k) of
     A_ijk = scale * sum_d q_id k1_jd k2_kd, valid(i) = {i - w1 < j <= i and i - w2 < k <= i}, i the absolute position.
 
     q [B, Nq, Hq, D]; k1, k2, v1, v2 [B, Nk, Hkv, D]; the queries are the last Nq positions.
-    Returns out like q and lse [B, Hq, Nq] in fp32 (fp64 for fp64 inputs).
+    Returns out like q and lse [B, Hq, Nq] in fp32 (fp64 for fp64 inputs). Packed sequences are so many calls.
     """
+    if cu_seqlens is not None:
+        calls = [
+            two_simplicial_attention(*(x[:, s] for x in (q, k1, k2, v1, v2)), w1, w2, scale)
+            for s in _sequences(cu_seqlens)
+        ]
+        return torch.cat([out for out, _ in calls], 1), torch.cat([lse for _, lse in calls], 2)
     batch, n_q, heads, dim = q.shape
     n_k = k1.shape[1]
     w1, w2 = min(w1, n_k), min(w2, n_k)

@@ -48,6 +48,9 @@ def test_opcheck(device, requires_grad):
     inputs = leaves(problem) if requires_grad else problem.inputs
     torch.library.opcheck(overload, (*inputs, 5, 3))
     torch.library.opcheck(overload, (*inputs, 1, 100, 0.3))
+    packed = small(device, lengths=[5, 0, 8])
+    inputs = leaves(packed) if requires_grad else packed.inputs
+    torch.library.opcheck(overload, (*inputs, 5, 3), {"cu_seqlens": packed.cu_seqlens})
 
 
 @pytest.mark.parametrize("with_grad_lse", [False, True])

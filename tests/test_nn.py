@@ -1,5 +1,6 @@
 """simplex_ops.nn and simplex_ops.models: numbers against plain torch, decoding, equal twins, script and export."""
 
+import itertools
 import math
 
 import pytest
@@ -102,6 +103,18 @@ def test_layer_refuses(arguments, message):
         TwoSimplicialAttention(**{"dim": 64, "heads": 4, **arguments})
 
 
+def test_layer_of_packed_sequences(device):
+    layer = TwoSimplicialAttention(48, 4, 2, 16, w1=9, w2=4, bias=True, device=device)
+    bounds = [0, 5, 5, 6, 21]
+    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    x = torch.randn(1, 21, 48, device=device)
+    apart = torch.cat([layer(x[:, first:end]) for first, end in itertools.pairwise(bounds)], 1)
+    for called in (layer, torch.jit.script(layer)):
+        torch.testing.assert_close(called(x, cu_seqlens=starts), apart, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="TwoSimplicialAttention: expected cu_seqlens to be None with a cache"):
+        layer(x, layer.new_cache(1), 0, starts)
+
+
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize(("w1", "w2"), [(7, 3), (2, 6), (1, 1), (50, 4)])
 def test_layer_decodes_what_it_sees_whole(device, chunks, w1, w2):
@@ -197,6 +210,19 @@ def test_generate_samples():
         model.generate(prompt[:, :0], 3)
 
 
+def test_any_temperature_samples():
+    """Tiny ones take the most likely token, infinite ones any of the top k alike."""
+    model = small_model(tied=True)
+    prompt = torch.randint(256, (2, 3))
+    greedy = model.generate(prompt, 5, temperature=0.0)
+    for temperature in (5e-324, 1e-40, 1e-37, 1e-30):
+        assert torch.equal(model.generate(prompt, 5, temperature), greedy)
+    two = model(prompt)[:, -1].topk(2).indices
+    drawn = torch.stack([model.generate(prompt, 1, math.inf, top_k=2)[:, -1] for _ in range(40)], 1)
+    for text in range(2):
+        assert set(drawn[text].tolist()) == set(two[text].tolist())
+
+
 def test_script(tmp_path):
     model = small_model()
     torch.jit.script(model).save(str(tmp_path / "model.ts"))
@@ -240,3 +266,18 @@ def test_state_dict_round_trip(tmp_path):
     assert not torch.equal(other(tokens), model(tokens))
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert torch.equal(other(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied_when_a_model_takes_its_weights_over():
+    model = small_model(tied=True)
+    tokens = torch.randint(256, (2, 20))
+    for assign in (False, True):
+        with torch.device("meta"):
+            other = small_model(tied=True)
+        if not assign:
+            other.to_empty(device="cpu")
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert other.num_parameters() == model.num_parameters()
+        assert torch.equal(other(tokens), model(tokens))
+    torch.testing.assert_close(torch.jit.script(model)(tokens), model(tokens))

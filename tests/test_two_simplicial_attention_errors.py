@@ -48,8 +48,17 @@ BAD = {
     "scale NaN": ({"scale": float("nan")}, "expected scale to be finite, got -?nan"),
     "scale infinite": ({"scale": float("inf")}, "expected scale to be finite, got inf"),
     "scale beyond fp32": ({"scale": -1e39}, "expected scale to be within the range of float32, got -1e+39"),
-    "determinant": ({"determinant": True}, "expected determinant to be False: the determinant form is not built yet"),
-    "packed": ({"cu_seqlens": torch.int32}, "expected cu_seqlens to be None: packed sequences are not built yet"),
+    "packed and a batch": ({"cu_seqlens": (3,)}, "expected the batch of q to be 1 with cu_seqlens, got 2"),
+    "one start": ({"cu_seqlens": (1,)}, "expected cu_seqlens to hold at least 2 values, got 1"),
+    "starts of rank 2": (
+        {"cu_seqlens": (1, 3)},
+        "expected cu_seqlens to be 1-dimensional [sequences + 1], got 2 dimensions",
+    ),
+    "long starts": ({"cu_seqlens": torch.int64}, "expected cu_seqlens to have dtype Int, got Long"),
+    "packed with a past": (
+        {"cu_seqlens": (3,), "q": (1, 9, 4, 64)} | dict.fromkeys(("k1", "k2", "v1", "v2"), (1, 16, 2, 64)),
+        "expected the length of q to be that of k1 (16) with cu_seqlens, got 9",
+    ),
     "integers": ({"all": torch.int64}, "expected q to be float32, .* on {device}, got Long"),
     "bytes": ({"all": torch.int8}, "expected q to be float32, .* on {device}, got Char"),
     "booleans": ({"all": torch.bool}, "expected q to be float32, .* on {device}, got Bool"),
@@ -85,8 +94,9 @@ def arguments(device, changes):
             dtype = change
         call[name] = torch.zeros(shape, dtype=dtype, device=device)
     call |= {name: change for name, change in changes.items() if name not in SHAPES and name != "all"}
-    if "cu_seqlens" in changes:
-        call["cu_seqlens"] = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    if change := changes.get("cu_seqlens"):
+        shape, dtype = (change, torch.int32) if isinstance(change, tuple) else ((2,), change)
+        call["cu_seqlens"] = torch.zeros(shape, dtype=dtype, device=device)
     return call
 
 

@@ -28,13 +28,13 @@ void load(const char* library) {
 
 using Attention = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& q, const at::Tensor& k1, const at::Tensor& k2,
                                                      const at::Tensor& v1, const at::Tensor& v2, c10::SymInt w1,
-                                                     c10::SymInt w2, std::optional<double> scale, bool determinant,
+                                                     c10::SymInt w2, std::optional<double> scale,
                                                      const std::optional<at::Tensor>& cu_seqlens);
 
 at::Tensor attention(const std::vector<at::Tensor>& x) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("simplex::two_simplicial_attention", "").typed<Attention>();
-  const auto [out, lse] = op.call(x[0], x[1], x[2], x[3], x[4], kWindow1, kWindow2, std::nullopt, false, std::nullopt);
+  const auto [out, lse] = op.call(x[0], x[1], x[2], x[3], x[4], kWindow1, kWindow2, std::nullopt, std::nullopt);
   return out;
 }
 

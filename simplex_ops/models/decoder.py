@@ -32,10 +32,9 @@ class DecoderLM(nn.Module):
         self.embedding_scale = math.sqrt(config.dim)
         self.layers = nn.ModuleList(make_layer(name, config) for name in config.layers)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # Nothing of its own where tied: two names for one weight come apart in to_empty() and load_state_dict(assign=True).
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self._initialize()
-        if config.tied:
-            self.head.weight = self.embedding.weight
 
     def _initialize(self) -> None:
         """Every projection keeps the variance of its input; what the layers add up to has that of one of them."""
@@ -66,7 +65,8 @@ class DecoderLM(nn.Module):
             if cache is not None:
                 layer_cache = cache[index]
             x = layer(x, layer_cache, position) if positions is None else self._at(index, x, positions, layer_cache)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     @torch.jit.unused
     def _at(self, index: int, x: Tensor, positions: Tensor, cache: list[Tensor] | None) -> Tensor:
@@ -142,10 +142,12 @@ class DecoderLM(nn.Module):
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    if temperature == 0:
+    if temperature < 1e-37:  # no more than 0 to float32
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # From the largest on, which stays 0: a small temperature takes the others to -inf, not that one to inf.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k > 0:
         threshold = logits.topk(min(top_k, logits.size(-1)), dim=-1)[0][:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(F.softmax(logits, dim=-1), 1)
+        scaled = scaled.masked_fill(logits < threshold, float("-inf"))
+    return torch.multinomial(F.softmax(scaled, dim=-1), 1)

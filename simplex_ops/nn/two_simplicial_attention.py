@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simplex_ops.nn.sizes import expect_heads, expect_positive
+from simplex_ops.two_simplicial_attention import determinant_as_product
 
 
 class TwoSimplicialAttention(nn.Module):
@@ -35,6 +36,8 @@ class TwoSimplicialAttention(nn.Module):
             fastest when one of them is short. A window longer than the sequence is full causal attention.
         bias: whether the projections have a bias.
         scale: factor on the logits (default ``head_dim ** -0.5``).
+        determinant: score by determinants of chunks of 3 dims instead, which no rotation of 3-space changes (section 5, see
+            `simplex_ops.two_simplicial_attention`); head_dim is any number up to 128 then.
         device, dtype: of the parameters.
 
     Shapes: input and output ``[batch, length, dim]``; any batch, 0 included.
@@ -65,13 +68,18 @@ class TwoSimplicialAttention(nn.Module):
         w2: int = 32,
         bias: bool = False,
         scale: float | None = None,
+        determinant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         expect_positive("TwoSimplicialAttention", w1=w1, w2=w2)
         kv_heads, head_dim = expect_heads("TwoSimplicialAttention", dim, heads, kv_heads, head_dim)
-        if head_dim % 8 or not 8 <= head_dim <= 256:
+        if determinant and not 1 <= head_dim <= 128:
+            raise ValueError(
+                f"TwoSimplicialAttention: expected head_dim to be from 1 to 128 in the determinant form, got {head_dim}"
+            )
+        if not determinant and (head_dim % 8 or not 8 <= head_dim <= 256):
             raise ValueError(
                 f"TwoSimplicialAttention: expected head_dim to be a multiple of 8 up to 256, got {head_dim}"
             )
@@ -82,7 +90,8 @@ class TwoSimplicialAttention(nn.Module):
         self.head_dim = head_dim
         self.w1 = w1
         self.w2 = w2
-        self.scale = scale
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.determinant = determinant
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -94,10 +103,17 @@ class TwoSimplicialAttention(nn.Module):
         self.wv2 = linear(dim, kv_heads * head_dim)
         self.wo = linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: list[Tensor] | None = None,
+        position: int = 0,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attend within ``x`` [batch, length, dim] and, with a cache, to the ``position`` tokens that came before it.
 
-        ``position`` is the number of tokens that the cache has seen; the cache is updated in place.
+        ``position`` is the number of tokens that the cache has seen; the cache is updated in place. Without a cache,
+        ``cu_seqlens`` (int32, from 0 to length) says which sequences lie in ``x``, a batch of 1: none sees another.
         """
         q = self.wq(x).unflatten(-1, (self.heads, self.head_dim))
         kv_shape = (self.kv_heads, self.head_dim)
@@ -106,11 +122,15 @@ class TwoSimplicialAttention(nn.Module):
         v1 = self.wv1(x).unflatten(-1, kv_shape)
         v2 = self.wv2(x).unflatten(-1, kv_shape)
         if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("TwoSimplicialAttention: expected cu_seqlens to be None with a cache, got a tensor")
             self._check_cache(cache[0], x.size(0), position, x.size(1))
             k1, k2, v1, v2 = _extend(cache[0], torch.stack((k1, k2, v1, v2)), position).unbind(0)
+        if self.determinant:
+            q, k1, k2, v1, v2 = determinant_as_product(q, k1, k2, v1, v2)
         # The dispatcher's op rather than the Python function: TorchScript compiles this line too.
-        out = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, self.w1, self.w2, self.scale)[0]
-        return self.wo(out.flatten(-2))
+        out = torch.ops.simplex.two_simplicial_attention(q, k1, k2, v1, v2, self.w1, self.w2, self.scale, cu_seqlens)[0]
+        return self.wo(out[..., : self.head_dim].flatten(-2))
 
     def _check_cache(self, ring: Tensor, batch: int, position: int, length: int) -> None:
         if ring.size(1) != batch:
