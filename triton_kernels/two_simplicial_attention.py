@@ -179,7 +179,7 @@ def two_simplicial_bwd_dq(
         out_row = (batch * num_queries + token) * kv_heads * group + kv_head * group + head
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         out = tl.load(_row_ptrs(out_ptr, out_row, head_dim, d), mask=row_mask, other=0.0)
-        single = _sees_one_pair(pos, starts, w_long, w_short)
+        single = _sees_one_pair(pos - starts, w_long, w_short)
         delta = tl.where(single, 0.0, tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1))
         if has_grad_lse != 0:
             delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
@@ -295,7 +295,7 @@ def two_simplicial_bwd_dkv(
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
-        at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos, last_start, w_long, w_short)
+        at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos - last_start, w_long, w_short)
         for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
             # Each row's own start: 0 times q * k_short of two sequences, which may overflow, would be NaN in grad_k.
             short_mask = ((pos - offset >= row_starts) & row_ok)[:, None] & d_ok
@@ -311,7 +311,7 @@ def two_simplicial_bwd_dkv(
                 seen = (pos[None, :] >= n[:, None]) & (pos[None, :] < until[:, None])
                 valid = seen & (pos[None, :] - offset >= starts[:, None])
                 p_t = tl.where(valid, p_t, 0.0)
-                single = _sees_one_pair(pos[None, :], starts[:, None], w_long, w_short)
+                single = _sees_one_pair(pos[None, :] - starts[:, None], w_long, w_short)
                 ds_t = tl.where(valid, tl.where(single, -delta[None, :], ds_t), 0.0)
             grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
             grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)
