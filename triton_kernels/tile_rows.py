@@ -66,6 +66,7 @@ def _row_ptrs(ptr, row, stride, d):
 
 
 @triton.jit
-def _sees_one_pair(pos, start, w_long, w_short):
-    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta is made to hold (negated), not rounding errors."""
-    return (pos == start) | (w_long + w_short == 2)
+def _sees_one_pair(age, w_long, w_short):
+    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta is made to hold (negated), not rounding errors.
+    age: the position in its sequence."""
+    return (age == 0) | (w_long + w_short == 2)

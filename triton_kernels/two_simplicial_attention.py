@@ -171,7 +171,6 @@ def two_simplicial_bwd_dq(
     for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, num_tiles)):
         token, head, pos, row_ok, first_pos, last_pos = _tile_rows(tile * BLOCK_M, num_rows, group, past, BLOCK_M)
         starts = _start_of(pos, bounds_ptr, num_bounds)
-        since = tl.maximum(pos - w_long, starts - 1)
         first_start, last_start = _start_of(first_pos, bounds_ptr, num_bounds), _start_of(last_pos, bounds_ptr, num_bounds)
         last_since = tl.maximum(last_pos - w_long, last_start - 1)
         row_mask = row_ok[:, None] & d_ok
@@ -180,7 +179,7 @@ def two_simplicial_bwd_dq(
         out_row = (batch * num_queries + token) * kv_heads * group + kv_head * group + head
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         out = tl.load(_row_ptrs(out_ptr, out_row, head_dim, d), mask=row_mask, other=0.0)
-        single = _sees_one_pair(pos, starts, w_long, w_short)
+        single = _sees_one_pair(pos - starts, w_long, w_short)
         delta = tl.where(single, 0.0, tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1))
         if has_grad_lse != 0:
             delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
@@ -194,6 +193,9 @@ def two_simplicial_bwd_dq(
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * _expand(k_short, BLOCK_M)
             gv = grad_out * _expand(v_short, BLOCK_M)
+            # No key where the row does not see the offset.
+            row_since = tl.where(pos - offset >= starts, tl.maximum(pos - w_long, starts - 1), pos)
+            tile_since = tl.where(offset > first_pos - last_start, last_pos, last_since)
             ds_k = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             p_v = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             for start in range(tl.maximum(first_pos - w_long + 1, first_start), last_pos + 1, BLOCK_N):
@@ -205,8 +207,8 @@ def two_simplicial_bwd_dq(
                 dp = tl.dot(gv, tl.trans(v), input_precision="tf32x3")
                 p = tl.exp2(tl.fma(s, to_exponent, -lse2[:, None]))
                 ds = p * (dp - delta[:, None])
-                if (start + BLOCK_N - 1 > first_pos) | (start <= last_since) | (offset > first_pos - last_start):
-                    valid = (n[None, :] <= pos[:, None]) & (n[None, :] > since[:, None]) & (pos - offset >= starts)[:, None]
+                if (start + BLOCK_N - 1 > first_pos) | (start <= tile_since):
+                    valid = (n[None, :] <= pos[:, None]) & (n[None, :] > row_since[:, None])
                     p = tl.where(valid, p, 0.0)
                     ds = tl.where(valid, tl.where(single[:, None], -delta[:, None], ds), 0.0)
                 ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
@@ -251,7 +253,6 @@ def two_simplicial_bwd_dkv(
     """
     # fp32: six bf16 products where wgmma multiplies, which takes 64 keys and 16 rows, else three tf32 ones.
     PRECISION: tl.constexpr = "bf16x6" if BLOCK_N == 64 else "tf32x3"
-    num_rows = num_queries * group
     num_bounds = packed * num_keys
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -279,13 +280,14 @@ def two_simplicial_bwd_dkv(
     grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     begin = tl.maximum(first_n - past, 0) * group
     # A row that sees a key is of the same sequence, so the keys' bounds say all; there are fewer of them in a thread.
+    starts, until = _start_of(n, bounds_ptr, num_bounds), _until(n, w_long, num_keys, bounds_ptr, num_bounds)
     first_start, last_start = _start_of(first_n, bounds_ptr, num_bounds), _start_of(last_n, bounds_ptr, num_bounds)
     first_until = _until(first_n, w_long, num_keys, bounds_ptr, num_bounds)
     end = (_until(last_n, w_long, num_keys, bounds_ptr, num_bounds) - past) * group
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_M), num_splits) * BLOCK_M
     begin += split * share
     for first_row in range(begin, tl.minimum(end, begin + share), BLOCK_M):
-        token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
+        token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, end, group, past, BLOCK_M)
         row_starts = _start_of(pos, bounds_ptr, num_bounds)
         row_mask = row_ok[:, None] & d_ok
         q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
@@ -293,10 +295,10 @@ def two_simplicial_bwd_dkv(
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
-        at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos, last_start, w_long, w_short)
+        at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos - last_start, w_long, w_short)
         for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
             # Each row's own start: 0 times q * k_short of two sequences, which may overflow, would be NaN in grad_k.
-            short_mask = ((pos - offset >= row_starts) & (pos < num_keys))[:, None] & d_ok
+            short_mask = ((pos - offset >= row_starts) & row_ok)[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, pos - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
@@ -306,11 +308,10 @@ def two_simplicial_bwd_dkv(
             p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
             if at_edge | (offset > first_pos - last_start):
-                starts, until = _start_of(n, bounds_ptr, num_bounds), _until(n, w_long, num_keys, bounds_ptr, num_bounds)
                 seen = (pos[None, :] >= n[:, None]) & (pos[None, :] < until[:, None])
                 valid = seen & (pos[None, :] - offset >= starts[:, None])
                 p_t = tl.where(valid, p_t, 0.0)
-                single = _sees_one_pair(pos[None, :], starts[:, None], w_long, w_short)
+                single = _sees_one_pair(pos[None, :] - starts[:, None], w_long, w_short)
                 ds_t = tl.where(valid, tl.where(single, -delta[None, :], ds_t), 0.0)
             grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
             grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)

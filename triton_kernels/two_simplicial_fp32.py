@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from triton_kernels.scaled_tiles import LOG2E, _row_ptrs, _sees_one_pair
+from triton_kernels.scaled_tiles import LOG2E, _row_ptrs, _sees_one_pair, _start_of
 from triton_kernels.variant import Variant
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -64,12 +64,6 @@ def _row(ptr, row, stride, head_dim, c: gl.constexpr, CHUNK: gl.constexpr, layou
     """Chunk c of one row, [1, CHUNK]."""
     d = c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
     return gl.load(ptr + row.to(gl.int64) * stride + d, mask=d < head_dim, other=0.0)[None, :]
-
-
-@gluon.jit
-def _start_of(pos, bounds_ptr, num_bounds):
-    """Where the sequence of each position starts. Only packed sequences have bounds, num_keys of them; others start at 0."""
-    return gl.load(bounds_ptr + pos, mask=pos < num_bounds, other=0)
 
 
 @gluon.jit
