@@ -4,8 +4,8 @@ import torch
 from problem import draw, evaluate
 from reference import two_simplicial_attention as reference
 
+from triton_kernels import sequence_bounds, two_simplicial_decode
 from triton_kernels import two_simplicial_attention as kernels
-from triton_kernels import two_simplicial_decode
 from triton_kernels import two_simplicial_partial_sums as partial_sums
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -30,7 +30,20 @@ def run_decode(shared, out, lse, keys, heads, offsets):
         )
 
 
-def run(problem, head_dim, share, chunk_tiles, num_splits, decode):
+def packing(lengths):
+    """The arguments that tell packed sequences apart."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    bounds = torch.full((2, int(ends[-1])), -1, dtype=torch.int32)
+    if not lengths:
+        return dict(bounds_ptr=bounds, packed=0)
+    steps = max(len(lengths) - 1, 0).bit_length()
+    sequence_bounds.sequence_bounds[(-(-bounds.shape[1] // 16),)](
+        ends, bounds, num_tokens=bounds.shape[1], num_sequences=len(lengths), search_steps=steps, BLOCK=16
+    )
+    return dict(bounds_ptr=bounds, packed=1)
+
+
+def run(problem, head_dim, share, chunk_tiles, num_splits, decode, lengths):
     """out, lse and the gradients, by the launches that csrc/two_simplicial_attention_cuda.cpp makes."""
     q, k_long, k_short, v_long, v_short = problem.inputs
     (batch, n_q, heads, dim), (_, n_k, kv_heads, _) = q.shape, k_long.shape
@@ -40,7 +53,7 @@ def run(problem, head_dim, share, chunk_tiles, num_splits, decode):
     shared = sizes | dict(q_ptr=q, k_long_ptr=k_long, v_long_ptr=v_long, k_short_ptr=k_short, v_short_ptr=v_short,
                           w_long=w_long, w_short=w_short, scale=scale)  # fmt: skip
     shared |= strides(q=q, kl=k_long, vl=v_long, ks=k_short, vs=v_short)
-    constants = dict(HEAD_DIM=head_dim, **TILE)
+    constants = dict(HEAD_DIM=head_dim, **TILE, **packing(lengths))
     tiles, blocks, bh = -(-n_q * group // 16), -(-n_k // 16), batch * kv_heads
 
     def nan(*shape, dtype=torch.float32):
@@ -79,12 +92,21 @@ def run(problem, head_dim, share, chunk_tiles, num_splits, decode):
     return [out, lse, *grads]
 
 
-def run_case(head_dim=16, share=1, chunk_tiles=1, num_splits=1, decode=None, dtype="float32", **case):
-    """{output: relative error}."""
-    problem = draw(dtype=getattr(torch, dtype), **case)
+def run_case(head_dim=16, share=1, chunk_tiles=1, num_splits=1, decode=None, dtype="float32", lengths=(), **case):
+    """{output: relative error}. Sequences of these lengths are packed."""
+    problem = draw(dtype=getattr(torch, dtype), **(case | dict(batch=1, n_k=sum(lengths)) if lengths else case))
+
+    def apart(*inputs, **options):
+        tensors, windows = inputs[:5], inputs[5:]
+        sequences = zip(*(x.split(list(lengths), 1) for x in tensors), strict=True)
+        outs, lses = zip(*(reference(*s, *windows, **options) for s in sequences if s[0].numel()), strict=True)
+        return torch.cat(outs, 1), torch.cat(lses, 2)
+
     names = ["out", "lse", *(f"grad_{x}" for x in ("q", "k1", "k2", "v1", "v2"))]
-    truth = evaluate(reference, problem, torch.float64)
+    truth = evaluate(apart if lengths else reference, problem, torch.float64)
     errors = {}
-    for name, actual in zip(names, run(problem, head_dim, share, chunk_tiles, num_splits, decode), strict=True):
+    for name, actual in zip(
+        names, run(problem, head_dim, share, chunk_tiles, num_splits, decode, lengths), strict=True
+    ):
         errors[name] = ((actual.double() - truth[name]).norm() / (truth[name].norm() + 1e-30)).item()
     return errors

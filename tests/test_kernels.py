@@ -40,6 +40,10 @@ CASES = {
     "padded head_dim, negative scale": dict(n_k=20, ratio=4, dim=8, w1=7, w2=7, scale=-0.6),
     "zero scale": dict(n_k=17, ratio=2, w1=16, w2=3, scale=0.0, grad_lse=False),
     "fp16": dict(n_k=20, ratio=8, w1=12, w2=3, dtype="float16"),
+    "packed": dict(lengths=(5, 0, 1, 37, 11), ratio=2, kv_heads=2, w1=30, w2=4, num_splits=2),
+    "packed, one token a tile": dict(lengths=(1, 3, 2), ratio=64, w1=3, w2=2, share=64, chunk_tiles=3),
+    "packed, two tokens a tile": dict(lengths=(3, 1, 7), ratio=8, w1=6, w2=6, share=8, chunk_tiles=2),
+    "packed, many in a tile": dict(lengths=(1,) * 9 + (2, 3, 4), ratio=1, w1=5, w2=3, chunk_tiles=2),
     "decode": dict(n_q=1, n_k=40, ratio=4, w1=40, w2=9, decode=dict(heads=4, offsets=4, keys=16)),
     "decode, one part": dict(n_q=3, n_k=20, ratio=1, kv_heads=2, w1=17, w2=3, decode=dict(heads=1, offsets=4, keys=32)),
     "decode, empty parts": dict(

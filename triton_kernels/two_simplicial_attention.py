@@ -9,6 +9,9 @@ r // group, head r % group, so that any Hq / Hkv ratio fills its tiles. Of the t
 which wastes nothing on the short axis at any ratio. SHARE, a divisor of group, is a number of consecutive rows that surely
 belong to one token, so that they share one short row: 64 is all of a tile, 1 promises nothing.
 
+Packed sequences: a row sees keys from the start of its sequence on. bounds holds where the sequence of each position starts and
+ends (sequence_bounds.py); tiles and offsets that no row sees are passed over.
+
 The backward pass recomputes P from lse without atomics. `two_simplicial_bwd_dq` walks query tiles: dq, and the short gradients
 summed into a private buffer per chunk of tiles. `two_simplicial_bwd_dkv` walks tiles of the long axis. What programs leave in
 parts is added up by two_simplicial_partial_sums.py, in an order that does not depend on timing.
@@ -19,64 +22,20 @@ import itertools
 import triton
 import triton.language as tl
 
+from triton_kernels.tile_rows import (
+    _expand,
+    _row_ptrs,
+    _sees_one_pair,
+    _short_rows,
+    _start_of,
+    _sum_runs,
+    _tile_rows,
+    _until,
+)
 from triton_kernels.variant import Variant
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tile_rows(first_row, num_rows, group, past, BLOCK_M: tl.constexpr):
-    """Tokens, heads of the group, absolute positions [BLOCK_M] of a tile's rows, and its first and last position."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    token = rows // group
-    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-    return token, rows % group, token + past, rows < num_rows, first_row // group + past, last_row // group + past
-
-
-@triton.jit
-def _short_rows(first_row, group, past, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Positions of the tile's short rows at offset 0, one for each SHARE rows, and whose turn of their token it is.
-
-    A token that has more than one short row in the tile numbers them by turns: 0 .. min(group, BLOCK_M) // SHARE - 1.
-    """
-    RUN: tl.constexpr = SHARE if SHARE < BLOCK_M else BLOCK_M
-    run = first_row // RUN + tl.arange(0, BLOCK_M // RUN)
-    runs_of_token = group // RUN
-    return run // runs_of_token + past, run % runs_of_token % (BLOCK_M // RUN)
-
-
-@triton.jit
-def _expand(x, BLOCK_M: tl.constexpr):
-    """Short rows [BLOCK_M / SHARE, HEAD_DIM] -> the row of every row of the tile (one row broadcasts by itself)."""
-    R: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    if R == 1 or R == BLOCK_M:
-        return x
-    else:
-        return tl.reshape(tl.broadcast_to(x[:, None, :], [R, BLOCK_M // R, D]), [BLOCK_M, D])
-
-
-@triton.jit
-def _sum_runs(x, R: tl.constexpr):
-    """The inverse: rows [BLOCK_M, HEAD_DIM] -> their sums over each short row's rows."""
-    M: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    if R == M:
-        return x
-    else:
-        return tl.sum(tl.reshape(x, [R, M // R, D]), 1)
-
-
-@triton.jit
-def _row_ptrs(ptr, row, stride, d):
-    return ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
-
-
-@triton.jit
-def _sees_one_pair(pos, w_long, w_short):
-    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta is made to hold (negated), not rounding errors."""
-    return (pos == 0) | (w_long + w_short == 2)
 
 
 @triton.jit
@@ -90,10 +49,11 @@ def two_simplicial_fwd(
     stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
     HEAD_DIM: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     num_rows = num_queries * group
+    num_bounds = packed * num_keys
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     batch_head = tl.program_id(0) // num_tiles
     batch = (batch_head // kv_heads).to(tl.int64)
@@ -107,6 +67,10 @@ def two_simplicial_fwd(
     first_row = tl.program_id(0) % num_tiles * BLOCK_M
     past = num_keys - num_queries
     token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
+    starts = _start_of(pos, bounds_ptr, num_bounds)
+    since = tl.maximum(pos - w_long, starts - 1)
+    first_start, last_start = _start_of(first_pos, bounds_ptr, num_bounds), _start_of(last_pos, bounds_ptr, num_bounds)
+    last_since = tl.maximum(last_pos - w_long, last_start - 1)
     d = tl.arange(0, HEAD_DIM)
     d_ok = (d < head_dim)[None, :]
     row_mask = row_ok[:, None] & d_ok
@@ -120,18 +84,19 @@ def two_simplicial_fwd(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for start in range(tl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
+    for start in range(tl.maximum(first_pos - w_long + 1, first_start), last_pos + 1, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_mask = (n <= last_pos)[:, None] & d_ok
         k = tl.load(_row_ptrs(k_long_ptr, n, stride_kln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
         v = tl.load(_row_ptrs(v_long_ptr, n, stride_vln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
-        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long)
-        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
-            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
+        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
+        for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
+            # The first row's start, one number for all: what a later row does not see is hidden from its S.
+            short_mask = ((short - offset >= first_start) & (short < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
             s = tl.dot(q * _expand(k_short, BLOCK_M), tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
-            if at_edge | (offset > first_pos):
-                valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
+            if at_edge | (offset > first_pos - last_start):
+                valid = (n[None, :] <= pos[:, None]) & (n[None, :] > since[:, None]) & (pos - offset >= starts)[:, None]
                 s = tl.where(valid, s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1) * to_exponent)
             # A row that has seen no valid pair yet keeps a maximum of -inf; 0 in its place avoids -inf - -inf.
@@ -163,7 +128,8 @@ def two_simplicial_bwd_dq(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
+    has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
     HEAD_DIM: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dq, delta, and this chunk's partial sums of dk_short and dv_short.
@@ -172,6 +138,7 @@ def two_simplicial_bwd_dq(
     chunk_span rows is position first position of the chunk - w_short + 1 + x.
     """
     num_rows = num_queries * group
+    num_bounds = packed * num_keys
     past = num_keys - num_queries
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     num_chunks = tl.cdiv(num_tiles, chunk_tiles)
@@ -203,13 +170,17 @@ def two_simplicial_bwd_dq(
 
     for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, num_tiles)):
         token, head, pos, row_ok, first_pos, last_pos = _tile_rows(tile * BLOCK_M, num_rows, group, past, BLOCK_M)
+        starts = _start_of(pos, bounds_ptr, num_bounds)
+        since = tl.maximum(pos - w_long, starts - 1)
+        first_start, last_start = _start_of(first_pos, bounds_ptr, num_bounds), _start_of(last_pos, bounds_ptr, num_bounds)
+        last_since = tl.maximum(last_pos - w_long, last_start - 1)
         row_mask = row_ok[:, None] & d_ok
         q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
         grad_out = tl.load(_row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh, mask=row_mask, other=0.0)
         out_row = (batch * num_queries + token) * kv_heads * group + kv_head * group + head
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         out = tl.load(_row_ptrs(out_ptr, out_row, head_dim, d), mask=row_mask, other=0.0)
-        single = _sees_one_pair(pos, w_long, w_short)
+        single = _sees_one_pair(pos, starts, w_long, w_short)
         delta = tl.where(single, 0.0, tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1))
         if has_grad_lse != 0:
             delta -= tl.load(grad_lse_ptr + lse_row, mask=row_ok, other=0.0)
@@ -217,15 +188,15 @@ def two_simplicial_bwd_dq(
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E  # inf: P of a row past the end is 0
         short, turn_of = _short_rows(tile * BLOCK_M, group, past, SHARE, BLOCK_M)
         grad_q = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
-            short_mask = ((short >= offset) & (short < num_keys))[:, None] & d_ok
+        for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
+            short_mask = ((short - offset >= first_start) & (short < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, short - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [runs, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, short - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * _expand(k_short, BLOCK_M)
             gv = grad_out * _expand(v_short, BLOCK_M)
             ds_k = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
             p_v = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-            for start in range(tl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
+            for start in range(tl.maximum(first_pos - w_long + 1, first_start), last_pos + 1, BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N)
                 n_mask = (n <= last_pos)[:, None] & d_ok
                 k = tl.load(_row_ptrs(k_long_ptr, n, stride_kln, d), mask=n_mask, other=0.0)  # [BLOCK_N, HEAD_DIM]
@@ -234,8 +205,8 @@ def two_simplicial_bwd_dq(
                 dp = tl.dot(gv, tl.trans(v), input_precision="tf32x3")
                 p = tl.exp2(tl.fma(s, to_exponent, -lse2[:, None]))
                 ds = p * (dp - delta[:, None])
-                if (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long) | (offset > first_pos):
-                    valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos[:, None] >= offset)
+                if (start + BLOCK_N - 1 > first_pos) | (start <= last_since) | (offset > first_pos - last_start):
+                    valid = (n[None, :] <= pos[:, None]) & (n[None, :] > since[:, None]) & (pos - offset >= starts)[:, None]
                     p = tl.where(valid, p, 0.0)
                     ds = tl.where(valid, tl.where(single[:, None], -delta[:, None], ds), 0.0)
                 ds_k = tl.dot(ds.to(k.dtype), k, ds_k, input_precision="tf32x3")
@@ -270,7 +241,7 @@ def two_simplicial_bwd_dkv(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32", num_splits: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk_long and dv_long of BLOCK_N keys: every row that sees one of them, at every offset, transposed.
@@ -281,6 +252,7 @@ def two_simplicial_bwd_dkv(
     # fp32: six bf16 products where wgmma multiplies, which takes 64 keys and 16 rows, else three tf32 ones.
     PRECISION: tl.constexpr = "bf16x6" if BLOCK_N == 64 else "tf32x3"
     num_rows = num_queries * group
+    num_bounds = packed * num_keys
     past = num_keys - num_queries
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
     split = tl.program_id(0) % num_splits
@@ -306,21 +278,25 @@ def two_simplicial_bwd_dkv(
     grad_k = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     begin = tl.maximum(first_n - past, 0) * group
-    # min before the sum: last_n + w_long may pass 2^31
-    end = (last_n - past + 1 + tl.minimum(w_long - 1, num_keys - 1 - last_n)) * group
+    # A row that sees a key is of the same sequence, so the keys' bounds say all; there are fewer of them in a thread.
+    first_start, last_start = _start_of(first_n, bounds_ptr, num_bounds), _start_of(last_n, bounds_ptr, num_bounds)
+    first_until = _until(first_n, w_long, num_keys, bounds_ptr, num_bounds)
+    end = (_until(last_n, w_long, num_keys, bounds_ptr, num_bounds) - past) * group
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_M), num_splits) * BLOCK_M
     begin += split * share
     for first_row in range(begin, tl.minimum(end, begin + share), BLOCK_M):
         token, head, pos, row_ok, first_pos, last_pos = _tile_rows(first_row, num_rows, group, past, BLOCK_M)
+        row_starts = _start_of(pos, bounds_ptr, num_bounds)
         row_mask = row_ok[:, None] & d_ok
         q = tl.load(_row_ptrs(q_ptr, token, stride_qn, d) + head[:, None] * stride_qh, mask=row_mask, other=0.0)
         grad_out = tl.load(_row_ptrs(grad_out_ptr, token, stride_gn, d) + head[:, None] * stride_gh, mask=row_mask, other=0.0)
         lse_row = (batch * kv_heads * group + kv_head * group + head) * num_queries + token
         lse2 = tl.load(lse_ptr + lse_row, mask=row_ok, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + lse_row, mask=row_ok, other=0.0)
-        at_edge = (last_n > first_pos) | (first_n <= last_pos - w_long) | _sees_one_pair(first_pos, w_long, w_short)
-        for offset in range(0, tl.minimum(w_short, last_pos + 1)):
-            short_mask = ((pos >= offset) & (pos < num_keys))[:, None] & d_ok
+        at_edge = (last_n > first_pos) | (last_pos >= first_until) | _sees_one_pair(first_pos, last_start, w_long, w_short)
+        for offset in range(0, tl.minimum(w_short, last_pos - first_start + 1)):
+            # Each row's own start: 0 times q * k_short of two sequences, which may overflow, would be NaN in grad_k.
+            short_mask = ((pos - offset >= row_starts) & (pos < num_keys))[:, None] & d_ok
             k_short = tl.load(_row_ptrs(k_short_ptr, pos - offset, stride_ksn, d), mask=short_mask, other=0.0)  # [BLOCK_M, HEAD_DIM]
             v_short = tl.load(_row_ptrs(v_short_ptr, pos - offset, stride_vsn, d), mask=short_mask, other=0.0)
             qk = q * k_short
@@ -329,11 +305,13 @@ def two_simplicial_bwd_dkv(
             dp_t = tl.dot(v, tl.trans(gv), input_precision=PRECISION)
             p_t = tl.exp2(tl.fma(s_t, to_exponent, -lse2[None, :]))
             ds_t = p_t * (dp_t - delta[None, :])
-            if at_edge | (offset > first_pos):
-                valid = (n[:, None] <= pos[None, :]) & (n[:, None] > pos[None, :] - w_long) & (pos[None, :] >= offset)
+            if at_edge | (offset > first_pos - last_start):
+                starts, until = _start_of(n, bounds_ptr, num_bounds), _until(n, w_long, num_keys, bounds_ptr, num_bounds)
+                seen = (pos[None, :] >= n[:, None]) & (pos[None, :] < until[:, None])
+                valid = seen & (pos[None, :] - offset >= starts[:, None])
                 p_t = tl.where(valid, p_t, 0.0)
-                single = _sees_one_pair(pos, w_long, w_short)
-                ds_t = tl.where(valid, tl.where(single[None, :], -delta[None, :], ds_t), 0.0)
+                single = _sees_one_pair(pos[None, :], starts[:, None], w_long, w_short)
+                ds_t = tl.where(valid, tl.where(single, -delta[None, :], ds_t), 0.0)
             grad_k = tl.dot(ds_t.to(q.dtype), qk, grad_k, input_precision=PRECISION)
             grad_v = tl.dot(p_t.to(q.dtype), gv, grad_v, input_precision=PRECISION)
 
@@ -345,7 +323,6 @@ def two_simplicial_bwd_dkv(
     row = (batch * num_keys + n) * kv_heads + kv_head
     tl.store(_row_ptrs(grad_k_ptr, row, head_dim, d), (grad_k * scale).to(q_ptr.dtype.element_ty), mask=n_mask)
     tl.store(_row_ptrs(grad_v_ptr, row, head_dim, d), grad_v.to(q_ptr.dtype.element_ty), mask=n_mask)
-
 
 
 # Measured on an H100 (docs/kernel_trials.md: what else was tried; tiles.py has more); elsewhere chosen by registers, spills and the

@@ -15,7 +15,8 @@ import itertools
 import triton
 import triton.language as tl
 
-from triton_kernels.two_simplicial_attention import LN2, LOG2E, _row_ptrs
+from triton_kernels.tile_rows import _row_ptrs
+from triton_kernels.two_simplicial_attention import LN2, LOG2E
 from triton_kernels.variant import Variant
 
 

@@ -67,13 +67,19 @@ def _row(ptr, row, stride, head_dim, c: gl.constexpr, CHUNK: gl.constexpr, layou
 
 
 @gluon.jit
-def _short_rows(ptr, pos, first_pos, offset, num_keys, stride, head_dim, c: gl.constexpr, CHUNK: gl.constexpr,
+def _start_of(pos, bounds_ptr, num_bounds):
+    """Where the sequence of each position starts. Only packed sequences have bounds, num_keys of them; others start at 0."""
+    return gl.load(bounds_ptr + pos, mask=pos < num_bounds, other=0)
+
+
+@gluon.jit
+def _short_rows(ptr, pos, first_pos, first_start, offset, num_keys, stride, head_dim, c: gl.constexpr, CHUNK: gl.constexpr,
                 ONE_TOKEN: gl.constexpr):  # fmt: skip
-    """The short rows at this offset: each row's, or the one of all."""
+    """The short rows at this offset: each row's, or the one of all; none from before the first row's sequence."""
     if ONE_TOKEN:
         return _row(ptr, first_pos - offset, stride, head_dim, c, CHUNK, pos.type.layout.parent)
     else:
-        return _rows(ptr, pos - offset, (pos >= offset) & (pos < num_keys), stride, head_dim, c, CHUNK)
+        return _rows(ptr, pos - offset, (pos - offset >= first_start) & (pos < num_keys), stride, head_dim, c, CHUNK)
 
 
 @gluon.jit
@@ -112,7 +118,7 @@ def _parts(parts, c: gl.constexpr):
 
 
 @gluon.jit
-def _scores(a_smem, short_ptr, pos, first_pos, offset, num_keys, stride, head_dim, parts, s_mma: gl.constexpr,
+def _scores(a_smem, short_ptr, pos, first_pos, first_start, offset, num_keys, stride, head_dim, parts, s_mma: gl.constexpr,
             ONE_TOKEN: gl.constexpr):  # fmt: skip
     """(a * short) @ keys^T, infinite where fp32's is: NaN of the small products is dropped, the first product decides."""
     CHUNKS: gl.constexpr = parts.shape[0] // 3
@@ -121,7 +127,7 @@ def _scores(a_smem, short_ptr, pos, first_pos, offset, num_keys, stride, head_di
     large = gl.full([a_smem.shape[1], parts.shape[1]], 0.0, gl.float32, s_mma)
     small = large
     for c in gl.static_range(CHUNKS):
-        short = _short_rows(short_ptr, pos, first_pos, offset, num_keys, stride, head_dim, c, CHUNK, ONE_TOKEN)
+        short = _short_rows(short_ptr, pos, first_pos, first_start, offset, num_keys, stride, head_dim, c, CHUNK, ONE_TOKEN)
         x = _split(a_smem.index(c).load(layout) * short)
         y0, y1, y2 = _parts(parts, c)
         large = warpgroup_mma(x[0], y0.permute((1, 0)), large, use_acc=c > 0, is_async=True)
@@ -145,7 +151,7 @@ def two_simplicial_fwd(
     stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
     HEAD_DIM: gl.constexpr, SHARE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     ONE_TOKEN: gl.constexpr = SHARE == BLOCK_M
@@ -190,18 +196,24 @@ def two_simplicial_fwd(
     pos = row // group + past
     a_pos = gl.convert_layout(pos, gl.SliceLayout(1, gl.DotOperandLayout(0, s_mma, 2)))
     o_pos = gl.convert_layout(pos, o_rows)
+    num_bounds = packed * num_keys
+    starts = _start_of(pos, bounds_ptr, num_bounds)
+    since = gl.maximum(pos - w_long, starts - 1)
+    first_start, last_start = _start_of(first_pos, bounds_ptr, num_bounds), _start_of(last_pos, bounds_ptr, num_bounds)
+    last_since = gl.maximum(last_pos - w_long, last_start - 1)
     row_max = gl.full([BLOCK_M], float("-inf"), gl.float32, s_rows)
     row_sum = gl.full([BLOCK_M], 0.0, gl.float32, s_rows)
     zero = gl.full([BLOCK_M, CHUNK], 0.0, gl.float32, o_mma)
     acc = (zero,) * CHUNKS
-    for start in range(gl.maximum(first_pos - w_long + 1, 0), last_pos + 1, BLOCK_N):
+    for start in range(gl.maximum(first_pos - w_long + 1, first_start), last_pos + 1, BLOCK_N):
         _split_keys(k_long_ptr, v_long_ptr, stride_kln, stride_vln, start, last_pos, head_dim, k_parts, v_parts)
         n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_long)
-        for offset in range(0, gl.minimum(w_short, last_pos + 1)):
-            s = _scores(q_smem, k_short_ptr, a_pos, first_pos, offset, num_keys, stride_ksn, head_dim, k_parts, s_mma, ONE_TOKEN)
-            if at_edge | (offset > first_pos):
-                valid = (n[None, :] <= pos[:, None]) & (n[None, :] > pos[:, None] - w_long) & (pos >= offset)[:, None]
+        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
+        for offset in range(0, gl.minimum(w_short, last_pos - first_start + 1)):
+            s = _scores(q_smem, k_short_ptr, a_pos, first_pos, first_start, offset, num_keys, stride_ksn, head_dim, k_parts, s_mma,
+                        ONE_TOKEN)  # fmt: skip
+            if at_edge | (offset > first_pos - last_start):
+                valid = (n[None, :] <= pos[:, None]) & (n[None, :] > since[:, None]) & (pos - offset >= starts)[:, None]
                 s = gl.where(valid, s, float("-inf"))
             new_max = gl.maximum(row_max, gl.max(s, 1) * to_exponent)
             # A row that has seen no valid pair yet keeps a maximum of -inf; 0 in its place avoids -inf - -inf.
@@ -215,7 +227,8 @@ def two_simplicial_fwd(
             new_acc = ()
             for c in gl.static_range(CHUNKS):
                 pv = _product(p, _parts(v_parts, c), zero)
-                v_short = _short_rows(v_short_ptr, o_pos, first_pos, offset, num_keys, stride_vsn, head_dim, c, CHUNK, ONE_TOKEN)
+                v_short = _short_rows(v_short_ptr, o_pos, first_pos, first_start, offset, num_keys, stride_vsn, head_dim, c, CHUNK,
+                                      ONE_TOKEN)  # fmt: skip
                 new_acc += (gl.fma(pv, gl.broadcast(v_short, pv)[0], acc[c] * alpha),)
             acc = new_acc
 
@@ -251,7 +264,8 @@ def two_simplicial_bwd_dq(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
+    has_grad_lse: "i32", chunk_tiles: "i32", chunk_span: "i32",
     HEAD_DIM: gl.constexpr, SHARE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """dq, delta, and this chunk's partial sums of dk_short and dv_short. Every tile is of one token."""
@@ -298,7 +312,8 @@ def two_simplicial_bwd_dq(
         token = tile * BLOCK_M // group
         first_head = tile * BLOCK_M % group
         pos = token + past
-        single = _sees_one_pair(pos, w_long, w_short)
+        first_start = _start_of(pos, bounds_ptr, packed * num_keys)
+        single = _sees_one_pair(pos - first_start, w_long, w_short)
         heads = (batch * num_queries + token) * kv_heads * group + kv_head * group + first_head  # rows of out before the tile's
         head = gl.arange(0, BLOCK_M, gl.SliceLayout(1, io))
         gl.barrier()  # the tile before has been read
@@ -322,12 +337,12 @@ def two_simplicial_bwd_dq(
 
         rows = gl.full([BLOCK_M], 0, gl.int32, gl.SliceLayout(1, gl.DotOperandLayout(0, s_mma, 2)))
         grad_q = (zero,) * CHUNKS
-        for start in range(gl.maximum(pos - w_long + 1, 0), pos + 1, BLOCK_N):
+        for start in range(gl.maximum(pos - w_long + 1, first_start), pos + 1, BLOCK_N):
             _split_keys(k_long_ptr, v_long_ptr, stride_kln, stride_vln, start, pos, head_dim, k_parts, v_parts)
             seen = (start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma)) <= pos)[None, :]
-            for offset in range(0, gl.minimum(w_short, pos + 1)):
-                s = _scores(q_smem, k_short_ptr, rows, pos, offset, num_keys, stride_ksn, head_dim, k_parts, s_mma, True)
-                dp = _scores(g_smem, v_short_ptr, rows, pos, offset, num_keys, stride_vsn, head_dim, v_parts, s_mma, True)
+            for offset in range(0, gl.minimum(w_short, pos - first_start + 1)):
+                s = _scores(q_smem, k_short_ptr, rows, pos, first_start, offset, num_keys, stride_ksn, head_dim, k_parts, s_mma, True)
+                dp = _scores(g_smem, v_short_ptr, rows, pos, first_start, offset, num_keys, stride_vsn, head_dim, v_parts, s_mma, True)
                 p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(-lse2[:, None], s)[0]))
                 ds = gl.where(single, -delta[:, None], p * (dp - delta[:, None]))
                 p = _split_left(gl.where(seen, p, 0.0), p_layout)

@@ -7,7 +7,7 @@ import itertools
 import triton
 import triton.language as tl
 
-from triton_kernels.two_simplicial_attention import _row_ptrs
+from triton_kernels.tile_rows import _row_ptrs
 from triton_kernels.variant import Variant
 
 
