@@ -1,8 +1,8 @@
 """Train a language model with a simplex_ops mixer next to its dot-product twin, then export it three ways.
 
 Both models have the same number of parameters and see the same bytes in the same order: the sources of the Python
-standard library. (Only "two_simplicial" has a twin; another `--mixer` trains alone.) Run `make demo`, or with simplex_ops and
-matplotlib installed:
+standard library. (Only "two_simplicial" has a twin; another `--mixer` trains alone.) Run `make demo`, or with simplex_ops,
+matplotlib and tqdm installed:
 
     python examples/train_lm.py --seconds 60 --out demo_out
 
