@@ -61,6 +61,19 @@ class Keys:
             return self.first_j, tiles, self.w_short, self.first_n + self.num_n - left, left, self.w_long
 
 
+# Packed sequences: bounds [2, num_bounds] (sequence_bounds.py). num_bounds is 0 where there is one sequence, and nothing is read.
+@gluon.jit
+def _start_of(pos, bounds_ptr, num_bounds):
+    """The first position of the sequence that pos is in."""
+    return gl.load(bounds_ptr + pos, mask=pos < num_bounds, other=0)
+
+
+@gluon.jit
+def _end_of(pos, bounds_ptr, num_bounds, num_keys):
+    """The position after the last one of the sequence that pos is in."""
+    return gl.load(bounds_ptr + num_bounds + pos, mask=pos < num_bounds, other=num_keys)
+
+
 @gluon.jit
 def _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M: gl.constexpr):
     first_pos = first_row // group + past
@@ -233,9 +246,9 @@ def _own_steps(first_pos, last_pos, first_b, num_b, w_b):
 
 
 @gluon.jit
-def _sees_one_pair(pos, w_long, w_short):
-    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated)."""
-    return (pos == 0) | (w_long + w_short == 2)
+def _sees_one_pair(age, w_long, w_short):
+    """Where P is 1 whatever the logit: dS is exactly dlse there, which delta holds (negated). age: the position in its sequence."""
+    return (age == 0) | (w_long + w_short == 2)
 
 
 @gluon.jit

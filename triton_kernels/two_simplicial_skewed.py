@@ -35,6 +35,7 @@ from triton_kernels.scaled_tiles import (
     _new_ring,
     _opaque,
     _over_columns,
+    _start_of,
     _store,
     _weights,
 )
@@ -62,21 +63,40 @@ class Band:
     num_offsets: gl.tensor
     w_long: gl.tensor
     w_short: gl.tensor
+    bounds_ptr: gl.tensor
+    num_bounds: gl.tensor
+
+    @gluon.jit
+    def start_of(self, pos):
+        """The first position of pos' sequence; past the last position, of that one's."""
+        return _start_of(gl.minimum(pos, gl.maximum(self.num_bounds - 1, 0)), self.bounds_ptr, self.num_bounds)
+
+    @gluon.jit
+    def since(self, pos):
+        """The last key before those that pos sees."""
+        return gl.maximum(pos - self.w_long, self.start_of(pos) - 1)
 
     @gluon.jit
     def own_tiles(self, first_pos, last_pos, BLOCK_N: gl.constexpr):
         """Of the tiles, those that positions first_pos to last_pos see: how many come before, and how many they are."""
         newest = (self.end_n - 1 - last_pos) // BLOCK_N
-        oldest = (self.end_n - 1 - gl.maximum(first_pos - self.w_long + 1, 0)) // BLOCK_N
+        # At most the last: wrong cu_seqlens, whose starts may descend, must not make it wait for a tile that nobody fetches.
+        oldest = gl.minimum((self.end_n - 2 - self.since(first_pos)) // BLOCK_N, self.num_tiles - 1)
         return newest, oldest - newest + 1
 
 
 @gluon.jit
-def _band_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def _band_of(first_row, num_rows, num_keys, group, past, w_long, w_short, bounds_ptr, packed,
+             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     end_n = (first_row + BLOCK_M - 1) // group + past + 1  # of a full block, so that a tile holds the own keys of 64 rows
-    begin_n = gl.maximum(first_row // group + past - w_long + 1, 0)
-    last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
-    return Band(end_n, gl.cdiv(end_n - begin_n, BLOCK_N), gl.minimum(w_short, last_pos + 1), w_long, w_short)
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    first_pos = first_row // group + past
+    begin_n = gl.maximum(first_pos - w_long + 1, _start_of(first_pos, bounds_ptr, num_bounds))
+    rows: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [gl.num_warps()], [0])
+    pos = gl.minimum(first_row + gl.arange(0, BLOCK_M, rows), num_rows - 1) // group + past
+    oldest = gl.max(pos - _start_of(pos, bounds_ptr, num_bounds), 0)
+    num_offsets = gl.minimum(w_short, oldest + 1)
+    return Band(end_n, gl.cdiv(end_n - begin_n, BLOCK_N), num_offsets, w_long, w_short, bounds_ptr, num_bounds)
 
 
 @gluon.jit
@@ -164,7 +184,7 @@ def _fetch(ring, short, band, k_desc, v_desc, k_short, v_short, batch, kv_head, 
 
 
 @gluon.jit
-def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent,
+def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, age, first_pos, last_pos, to_exponent,
           HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
     """A warpgroup's sums of P @ V and P over all pairs, relative to a reference of each row. EXACT: its running maximum."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -179,16 +199,19 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     row_sum = _lane_sums(zero_s)
     out = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     before, own_num = band.own_tiles(first_pos, last_pos, BLOCK_N)
+    # It skips the others' tiles while it holds one and waits for one: where sequences begin, more than the ring has may be left.
+    own_num = gl.maximum(own_num, band.num_tiles - (ring.full.shape[0] - 2))
+    last_since = band.since(last_pos)
     a = _operand(q_smem, short, warpgroup, token, short_phase, True, a_layout)
     stage, phase = ring.skip(before, stage, phase)
     mbarrier.wait(ring.full.index(stage), phase)
     s = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     for offset in range(band.num_offsets):
-        seen = pos >= offset
-        since = gl.maximum(pos - band.w_long, -1)
+        seen = age >= offset
+        since = pos - gl.minimum(band.w_long, age + 1)
         start = band.end_n - (before + 1) * BLOCK_N
-        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
+        at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
         n = _columns(start, s)
         p, ref, row_sum, rescale = _weights(
             s, ref, row_sum, to_exponent, n, pos, since, at_edge, seen, seen, True, EXACT)  # fmt: skip
@@ -199,7 +222,7 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
         mbarrier.wait(ring.full.index(stage), phase, pred=own_num > 1)
         for i in range(1, own_num):
             start -= BLOCK_N
-            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
+            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
             # P @ V of the tile before runs while the weights of this one are computed.
             s_next = warpgroup_mma(a, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
             acc_next = warpgroup_mma(p, ring.v.index(v_stage), acc, is_async=True)
@@ -248,18 +271,19 @@ def _attend(ring, short, band, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, strid
     to_exponent = _load_queries(q_smem, warpgroup, q_ptr, stride_qn, stride_qh, first_row, num_rows, group, head_dim, scale)
     row = first_row + gl.arange(0, ROWS, rows)
     pos = row // group + past
+    age = pos - band.start_of(pos)
     first_pos = first_row // group + past
     last_pos = (first_row + ROWS - 1) // group + past
     begin = gl.to_tensor(0)
     out, row_sum, ref, stage, phase, short_phase = _sums(
-        ring, short, band, begin, begin, begin, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
+        ring, short, band, begin, begin, begin, q_smem, warpgroup, pos, age, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
         False)  # fmt: skip
-    in_range = _in_range(ring, warpgroup, out, row_sum, pos, row < num_rows, band.w_long, band.w_short, dtype)
+    in_range = _in_range(ring, warpgroup, out, row_sum, age, row < num_rows, band.w_long, band.w_short, dtype)
     # Only bad rows take what the second try says: bits of the others must not depend on their neighbours.
     _store(out, row_sum, ref, out_ptr, lse_ptr, row, (row < num_rows) & in_range, group, num_queries, out_stride, head_dim, dtype)
     if ring.is_out_of_range():
         out, row_sum, ref, stage, phase, short_phase = _sums(
-            ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
+            ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, age, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N,
             True)  # fmt: skip
         mask = (row < num_rows) & (in_range == 0)
         _store(out, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out_stride, head_dim, dtype)
@@ -273,7 +297,7 @@ def two_simplicial_fwd_skewed(
     out_ptr: "*dtype:16", lse_ptr: "*fp32:16",
     stride_qb: "i64:8", stride_qn: "i64:8", stride_qh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -289,7 +313,7 @@ def two_simplicial_fwd_skewed(
     out_ptr += (batch.to(gl.int64) * num_queries * q_heads + kv_head * group) * head_dim
     lse_ptr += (batch.to(gl.int64) * q_heads + kv_head * group) * num_queries
     past = num_keys - num_queries
-    band = _band_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M, BLOCK_N)
+    band = _band_of(first_row, num_rows, num_keys, group, past, w_long, w_short, bounds_ptr, packed, BLOCK_M, BLOCK_N)
 
     ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)

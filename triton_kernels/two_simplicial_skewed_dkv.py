@@ -25,7 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from triton_kernels.scaled_tiles import LOG2E, ROWS, _advance, _as_pairs, _multiply_pairs, _pairs, _row_ptrs, _skip
+from triton_kernels.scaled_tiles import (
+    LOG2E,
+    ROWS,
+    _advance,
+    _as_pairs,
+    _end_of,
+    _multiply_pairs,
+    _pairs,
+    _row_ptrs,
+    _skip,
+    _start_of,
+)
 from triton_kernels.variant import Variant
 
 
@@ -36,7 +47,7 @@ class Ring:
     a: gl.shared_memory_descriptor  # [stages, 64, HEAD_DIM]
     b: gl.shared_memory_descriptor
     statistics: gl.shared_memory_descriptor  # [2 * stages, 64]: -lse as an exponent of 2 and -delta
-    pos: gl.shared_memory_descriptor  # [stages, 64], -1: no row, or none with a short key at this offset
+    pos: gl.shared_memory_descriptor  # [stages, 64], doubled, + 1 where a row sees one pair; -2: no row, or no short key
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
@@ -45,20 +56,23 @@ class Ring:
 
 
 @gluon.jit
-def _rows_of(first_n, num_n, num_keys, past, group, w_long):
+def _rows_of(first_n, num_n, num_keys, past, group, w_long, bounds_ptr, num_bounds):
     """First and end row of those that see some of the keys."""
     last_n = gl.minimum(first_n + num_n, num_keys) - 1
+    end_n = _end_of(last_n, bounds_ptr, num_bounds, num_keys)
     begin = gl.maximum(first_n - past, 0) * group
     # min before the sum: last_n + w_long may pass 2^31
-    end = (last_n - past + 1 + gl.minimum(w_long - 1, num_keys - 1 - last_n)) * group
+    end = (last_n - past + 1 + gl.minimum(w_long - 1, end_n - 1 - last_n)) * group
     return begin, gl.maximum(begin, end)
 
 
 @gluon.jit
-def _num_offsets(first_row, end, group, past, w_short, BLOCK_M: gl.constexpr):
-    """Offsets at which some of the rows from first_row on have a short key."""
+def _num_offsets(first_row, end, group, past, w_short, bounds_ptr, num_bounds, BLOCK_M: gl.constexpr):
+    """Offsets at which rows from first_row on may have a short key, and those at which all do if they are of one sequence."""
+    first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + BLOCK_M, end) - 1) // group + past
-    return gl.minimum(w_short, last_pos + 1)
+    start = _start_of(first_pos, bounds_ptr, num_bounds)
+    return gl.minimum(w_short, last_pos - start + 1), gl.minimum(w_short, first_pos - start + 1)
 
 
 @gluon.jit
@@ -70,7 +84,7 @@ def _scale(smem, rows, ptr, stride, key, pair, mask, dtype: gl.constexpr):
 @gluon.jit
 def _scale_rows(ring, q_ptr, k_short_ptr, v_short_ptr, lse_ptr, grad_out_ptr, delta_ptr, stride_qn, stride_qh, stride_ksn, stride_vsn,
                 stride_gn, stride_gh, begin, end, num_queries, group, past, head_dim, w_short,
-                HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
+                bounds_ptr, num_bounds, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
     """The helper."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     PAIRS: gl.constexpr = HEAD_DIM // 2
@@ -101,22 +115,25 @@ def _scale_rows(ring, q_ptr, k_short_ptr, v_short_ptr, lse_ptr, grad_out_ptr, de
         minus_lse = gl.load(lse_ptr + lse_row, mask=c_ok, other=0.0) * -LOG2E
         minus_delta = -gl.load(delta_ptr + lse_row, mask=c_ok, other=0.0)
         c_pos = c_token + past
-        c_offset = column // BLOCK_M
-        key = gl.where(row < end, token + past, -1)
-        for offset in range(0, _num_offsets(first_row, end, group, past, w_short, BLOCK_M), OFFSETS):
+        c_age = c_pos - _start_of(c_pos, bounds_ptr, num_bounds)
+        c_code = 2 * c_pos + (c_age == 0)
+        c_left = gl.where(c_ok, gl.minimum(c_age + 1, w_short), 0) - column // BLOCK_M
+        key = token + past
+        left = gl.where(row < end, gl.minimum(key - _start_of(key, bounds_ptr, num_bounds) + 1, w_short), 0)
+        for _ in range(0, _num_offsets(first_row, end, group, past, w_short, bounds_ptr, num_bounds, BLOCK_M)[0], OFFSETS):
             mbarrier.wait(ring.empty.index(stage), phase)
             for i in gl.static_range(OFFSETS):
-                mask = ((key >= i) & (offset + i < w_short))[:, None] & pair_ok[None, :]
+                mask = (left > i)[:, None] & pair_ok[None, :]
                 _scale(a_smem.index(stage).slice(i * BLOCK_M, BLOCK_M), q, k_short_ptr, stride_ksn, key - i, pair, mask, dtype)
                 _scale(b_smem.index(stage).slice(i * BLOCK_M, BLOCK_M), grad_out, v_short_ptr, stride_vsn, key - i, pair, mask, dtype)
-            seen = c_ok & (c_offset <= c_pos) & (c_offset < w_short)
-            ring.statistics.index(2 * stage).store(gl.where(seen, minus_lse, float("-inf")))
+            ring.statistics.index(2 * stage).store(gl.where(c_left > 0, minus_lse, float("-inf")))
             ring.statistics.index(2 * stage + 1).store(minus_delta)
-            ring.pos.index(stage).store(gl.where(seen, c_pos, -1))
+            ring.pos.index(stage).store(gl.where(c_left > 0, c_code, -2))
             fence_async_shared()
             mbarrier.arrive(ring.full.index(stage))
             key -= OFFSETS
-            c_offset += OFFSETS
+            left -= OFFSETS
+            c_left -= OFFSETS
             stage, phase = ring.advance(stage, phase)
 
 
@@ -134,7 +151,7 @@ def _store_keys(part_ptr, grad_ptr, x, part_row, row, mask, head_dim, num_splits
 @gluon.jit
 def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, part_v_ptr, first_n, first_part, first_out, kv_heads,
                    num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale,
-                   HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
+                   bounds_ptr, num_bounds, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: 64 keys."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -147,7 +164,10 @@ def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, pa
     first_n += warpgroup * ROWS
     first_part += warpgroup * ROWS
     n = first_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_mma))
-    own_begin, own_end = _rows_of(first_n, ROWS, num_keys, past, group, w_long)
+    own_begin, own_end = _rows_of(first_n, ROWS, num_keys, past, group, w_long, bounds_ptr, num_bounds)
+    first_key = gl.minimum(first_n, num_keys - 1)
+    first_end = _end_of(first_key, bounds_ptr, num_bounds, num_keys)
+    count = gl.minimum(_end_of(n, bounds_ptr, num_bounds, num_keys) - n, w_long)  # positions that see a key, from its own on
     to_exponent = scale * LOG2E
     zero_s = gl.full([ROWS, ROWS], 0.0, gl.float32, s_mma)
     grad_k = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
@@ -155,12 +175,13 @@ def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, pa
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for first_row in range(begin, end, BLOCK_M):
-        num_offsets = _num_offsets(first_row, end, group, past, w_short, BLOCK_M)
+        num_offsets, common_offsets = _num_offsets(first_row, end, group, past, w_short, bounds_ptr, num_bounds, BLOCK_M)
         own = (first_row + BLOCK_M > own_begin) & (first_row < own_end)
         stage, phase = ring.skip(gl.where(own, 0, gl.cdiv(num_offsets, OFFSETS)), stage, phase)
         first_pos = first_row // group + past
         last_pos = (first_row + BLOCK_M - 1) // group + past
         at_edge = (first_n + ROWS - 1 > first_pos) | (first_n <= last_pos - w_long) | (first_row + BLOCK_M > end)
+        at_edge |= last_pos >= first_end
         for offset in range(0, gl.where(own, num_offsets, 0), OFFSETS):
             mbarrier.wait(ring.full.index(stage), phase)
             a = ring.a.index(stage)
@@ -170,12 +191,13 @@ def _key_gradients(ring, keys, warpgroup, grad_k_ptr, grad_v_ptr, part_k_ptr, pa
             s, dp = warpgroup_mma_wait(0, deps=(s_next, dp_next))
             minus_lse = gl.broadcast(ring.statistics.index(2 * stage).load(columns)[None, :], s)[0]
             exponent = gl.fma(s, gl.full_like(s, to_exponent), minus_lse)
-            if at_edge | (offset + OFFSETS > gl.minimum(w_short, first_pos + 1)):
+            if at_edge | (offset + OFFSETS > common_offsets):
                 pos = ring.pos.index(stage).load(columns)
-                single = (pos == 0)[None, :]  # P is 1 whatever the logit, and dS exactly dlse
+                single = ((pos & 1) != 0)[None, :]  # P is 1 whatever the logit, and dS exactly dlse
                 exponent = gl.where(single, 0.0, exponent)
                 dp = gl.where(single, 0.0, dp)
-                valid = (pos[None, :] - n[:, None]).to(gl.uint32, bitcast=True) < w_long.to(gl.uint32, bitcast=True)
+                twice_age = (pos[None, :] - 2 * n[:, None]).to(gl.uint32, bitcast=True)
+                valid = twice_age < (2 * count).to(gl.uint32, bitcast=True)[:, None]
                 exponent = gl.where(valid, exponent, float("-inf"))
             p = gl.exp2(exponent)
             minus_delta = gl.broadcast(ring.statistics.index(2 * stage + 1).load(columns)[None, :], s)[0]
@@ -208,7 +230,7 @@ def two_simplicial_bwd_dkv_skewed(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32", num_splits: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """num_splits programs share the rows of a block, BLOCK_M by BLOCK_M; if more than one, they leave partial sums. w_short: not
@@ -234,7 +256,8 @@ def two_simplicial_bwd_dkv_skewed(
     first_part = ((batch_head * num_blocks + block) * num_splits + split).to(gl.int64) * BLOCK_N
 
     first_n = block * BLOCK_N
-    begin, end = _rows_of(first_n, BLOCK_N, num_keys, past, group, w_long)
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    begin, end = _rows_of(first_n, BLOCK_N, num_keys, past, group, w_long, bounds_ptr, num_bounds)
     share = gl.cdiv(gl.cdiv(end - begin, BLOCK_M), num_splits) * BLOCK_M
     begin += split * share
     end = gl.minimum(end, begin + share)
@@ -267,12 +290,14 @@ def two_simplicial_bwd_dkv_skewed(
     gl.warp_specialize(
         [
             (_key_gradients, (ring, keys, 0, grad_k_ptr, grad_v_ptr, part_k_ptr, part_v_ptr, first_n, first_part, first_out, kv_heads,
-                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, HEAD_DIM, BLOCK_M)),
+                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr,
+                              num_bounds, HEAD_DIM, BLOCK_M)),
             (_key_gradients, (ring, keys, 1, grad_k_ptr, grad_v_ptr, part_k_ptr, part_v_ptr, first_n, first_part, first_out, kv_heads,
-                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, HEAD_DIM, BLOCK_M)),
+                              num_splits, begin, end, num_keys, group, past, head_dim, w_long, w_short, scale, bounds_ptr,
+                              num_bounds, HEAD_DIM, BLOCK_M)),
             (_scale_rows, (ring, q_ptr, k_short_ptr, v_short_ptr, lse_ptr + first_lse, grad_out_ptr, delta_ptr + first_lse, stride_qn,
                            stride_qh, stride_ksn, stride_vsn, stride_gn, stride_gh, begin, end, num_queries, group, past, head_dim,
-                           w_short, HEAD_DIM, BLOCK_M)),
+                           w_short, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_M)),
         ],
         [4, 4],
         [224, 56],

@@ -123,24 +123,24 @@ def _change_offset(u, w, staging, q, ab, dq, rows, k_short_ptr, v_short_ptr, gra
 
 
 @gluon.jit
-def _hide(s, dp, n, last, count):
-    """-inf in place of s and 0 in place of dP where the column is none of the `count` up to `last`: see scaled_tiles._hide."""
-    n = gl.broadcast(n[None, :], s)[0]
-    last = gl.broadcast(last[:, None], s)[0]
-    count = gl.broadcast(count[:, None], s)[0]
+def _hide(exponent, dp, n, last, count):
+    """-inf in place of the exponent and 0 in place of dP where the column is none of the `count` up to `last`: see scaled_tiles._hide."""
+    n = gl.broadcast(n[None, :], exponent)[0]
+    last = gl.broadcast(last[:, None], exponent)[0]
+    count = gl.broadcast(count[:, None], exponent)[0]
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 age; sub.u32 age, $5, $4; setp.lt.u32 p, age, $6; selp.f32 $0, $2, 0fFF800000, p; "
         "selp.f32 $1, $3, 0f00000000, p; }",
-        "=f,=f,f,f,r,r,r", [s, dp, n, last, count], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)  # fmt: skip
+        "=f,=f,f,f,r,r,r", [exponent, dp, n, last, count], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)  # fmt: skip
 
 
 @gluon.jit
 def _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, one_pair, seen, single):
     """P and dS, 0 for pairs that are not seen."""
-    if at_edge:
-        s, dp = _hide(s, dp, n, pos, pos - since)
     shift = gl.where(seen, -lse2, float("-inf"))
     exponent = gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0])
+    if at_edge:  # the exponent, not S: a negative scale would make inf of -inf
+        exponent, dp = _hide(exponent, dp, n, pos, pos - since)
     if one_pair:
         exponent = gl.where(single[:, None] & (exponent > float("-inf")), 0.0, exponent)
         dp = gl.where(single[:, None], 0.0, dp)
@@ -179,7 +179,8 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
     grad_out = gl.load(grad_out_ptrs, mask=o_mask, other=0.0)
     s_row = first_row + gl.arange(0, ROWS, rows)
     pos = s_row // group + past
-    single = _sees_one_pair(pos, band.w_long, band.w_short)
+    age = pos - band.start_of(pos)
+    single = _sees_one_pair(age, band.w_long, band.w_short)
     lse2, delta = _lse_and_delta(grad_out, first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride, num_queries,
                                  num_rows, group, head_dim)  # fmt: skip
     gl.store(delta_ptr + (s_row % group).to(gl.int64) * num_queries + s_row // group, delta, mask=s_row < num_rows)
@@ -191,7 +192,8 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
 
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past
-    one_pair = _sees_one_pair(first_pos, band.w_long, band.w_short)
+    one_pair = _sees_one_pair(gl.maximum(first_pos - band.start_of(last_pos), 0), band.w_long, band.w_short)
+    last_since = band.since(last_pos)
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -206,14 +208,14 @@ def _query_gradients(ring, band, q_smem, ab_smem, dq_smem, warpgroup, q_ptr, k_s
         _first_operands(_as_pairs(q_smem).index(warpgroup), _as_pairs(ab_smem).slice(2 * warpgroup, 2), rows_of, k_short_ptr, v_short_ptr,
                         grad_out_ptr, stride_ksn, stride_vsn, stride_gn, stride_gh, past, head_dim, dtype)  # fmt: skip
         for offset in range(band.num_offsets):
-            seen = pos >= offset
-            since = gl.maximum(pos - band.w_long, -1)
+            seen = age >= offset
+            since = pos - gl.minimum(band.w_long, age + 1)
             stage, phase = ring.skip(before, stage, phase)
             u = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
             w = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
             for tile in range(before, before + own_num):
                 start = band.end_n - (tile + 1) * BLOCK_N
-                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - band.w_long, -1))
+                at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
                 mbarrier.wait(ring.full.index(stage), phase)
                 s_next = warpgroup_mma(
                     a_smem, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
@@ -250,7 +252,7 @@ def two_simplicial_bwd_dq_skewed(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32", chunk_span: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32", has_grad_lse: "i32", chunk_span: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq, delta, and for each 64 rows partial sums of dk_short and dv_short, chunk_span rows from the first position that they
@@ -275,7 +277,7 @@ def two_simplicial_bwd_dq_skewed(
     part_k_ptr += chunk * part_size
     part_v_ptr += chunk * part_size
     past = num_keys - num_queries
-    band = _band_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M, BLOCK_N)
+    band = _band_of(first_row, num_rows, num_keys, group, past, w_long, w_short, bounds_ptr, packed, BLOCK_M, BLOCK_N)
 
     ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
