@@ -124,6 +124,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def compare(args: argparse.Namespace) -> None:
     args.steps, args.lr = args.steps or 2000, args.lr or 3e-3
     sizes, batch, length = SIZES["cuda" if args.device.startswith("cuda") else "cpu"]
+    batch = args.batch or batch
     train_tokens, valid_tokens = read_tokens(args.out / "tokens.pt", VOCABULARY)
     valid_batches = Batches(valid_tokens, batch, length, args.seed + 1, args.device)
     valid = [valid_batches.next() for _ in range(16)]

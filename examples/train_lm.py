@@ -1,7 +1,8 @@
 """Train a language model with a simplex_ops mixer next to its dot-product twin, then export it three ways.
 
 Both models have the same number of parameters and see the same bytes in the same order: the sources of the Python
-standard library. Run `make demo`, or with simplex_ops and matplotlib installed:
+standard library. (Only "two_simplicial" has a twin; another `--mixer` trains alone.) Run `make demo`, or with simplex_ops,
+matplotlib and tqdm installed:
 
     python examples/train_lm.py --seconds 60 --out demo_out
 
@@ -253,8 +254,8 @@ def main() -> None:
         return
     (mixer,) = args.mixer
     config = replace(setup.config, layers=interleave(len(setup.config.layers), mixer))
-    models = {}
-    for name, its_config in ((mixer, config), ("sdpa", dot_product_twin(config))):
+    models, twin = {}, dot_product_twin(config)
+    for name, its_config in {mixer: config, **({} if twin == config else {"sdpa": twin})}.items():
         torch.manual_seed(args.seed)
         models[name] = DecoderLM(its_config).to(args.device)
         print(f"{name}: {models[name].num_parameters():,} parameters, layers {', '.join(its_config.layers)}")

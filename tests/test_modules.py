@@ -51,6 +51,12 @@ def lm(*layers, **options):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_fsdp_can_shard_every_parameter(name):
+    """torch.distributed.fsdp.fully_shard refuses those without dimensions."""
+    assert all(parameter.dim() > 0 for parameter in MODULES[name]().parameters())
+
+
+@pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("filled_by", ["to_empty", "assign"])
 def test_made_on_the_meta_device(name, filled_by):
     """What no state_dict holds (the angles of rotary positions) must be right nevertheless."""

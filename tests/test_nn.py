@@ -123,6 +123,18 @@ def test_layer_decodes_what_it_sees_whole(device, chunks, w1, w2):
     torch.testing.assert_close(decode(layer, x, chunks), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("of_cache", [torch.float32, torch.bfloat16])
+def test_layer_decodes_with_a_cache_of_another_dtype(device, of_cache):
+    """Prompts and single tokens alike."""
+    layer = TwoSimplicialAttention(32, 4, 2, w1=7, w2=3, device=device)
+    layer.to(torch.bfloat16 if of_cache == torch.float32 else torch.float32)
+    x = torch.randn(2, 12, 32, device=device).to(layer.wq.weight.dtype)
+    cache = [layer.new_cache(2)[0].to(of_cache)]
+    steps = [layer(x[:, begin:end], cache, begin) for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(steps, 1), layer(x), rtol=1e-2, atol=1e-2)
+
+
 def test_layer_cache_does_not_grow():
     layer = TwoSimplicialAttention(32, 4, 2, w1=7, w2=3)
     (ring,) = layer.new_cache(3)

@@ -86,6 +86,15 @@ def test_decoding_is_one_full_pass(device, name, chunks):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_no_texts(device, name):
+    layer, x, positions = make(name, device), torch.randn(0, 30, DIM, device=device), torch.arange(30, device=device)
+    for trim in (False, True):
+        routed(layer).trim = trim
+        assert layer(x).shape == x.shape
+        assert decode(layer, x, positions.expand(0, 30), [29, 1])[0].shape == x.shape
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_texts_of_different_lengths_share_a_batch(device, name):
     """Prompts of 5, 20, 1 and 13 tokens, then ten steps each: every text gets what it gets alone."""
     layer, lengths = make(name, device), [5, 20, 1, 13]

@@ -21,6 +21,9 @@ class GrassmannMixing(nn.Module):
     Plücker vector of the pairs to the model dimension, in time linear in the length. It depends on the past through
     one direction per token only (docs/grassmann.md has the limits).
 
+    Its linear layers lend their weights to one op and, without a cache, are not called: hooks on them do not run, and what is put in
+    their place (LoRA, quantised layers) must have all of its effect in ``weight`` and ``bias``, as parametrizations have.
+
     Args:
         dim: size of the model dimension, the last one of the input and the output.
         rank: size r of the reduced tokens, 2 to 128.

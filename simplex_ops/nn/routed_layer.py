@@ -87,7 +87,7 @@ class RoutedLayer(Reports, KeepsDtype):
             mask = mask & (mask.cumsum(1) <= room[:, None])
             count = torch.minimum(count, room)
         if self.trim:
-            idx = idx[:, : int(count.max())].contiguous()  # once for all who take it
+            idx = idx[:, : int(count.max()) if len(count) else 0].contiguous()  # once for all who take it
         return idx, mask
 
     def run(

@@ -65,13 +65,13 @@ class SurpriseGate(nn.Module):
             self.register_buffer("beta", torch.tensor(0.1, device=device))
         else:
             start = {"beta_ce": -0.3, "beta_cu": -0.6, **start}
-        for name, value in start.items():
-            setattr(self, name, nn.Parameter(torch.tensor(value, dtype=torch.float32, device=device)))
+        for name, value in start.items():  # of one element: FSDP shards no parameter without dimensions
+            setattr(self, name, nn.Parameter(torch.tensor([value], dtype=torch.float32, device=device)))
 
     def values(self, dtype: torch.dtype) -> list[Tensor]:
         """beta_ce, beta_cu, o_ce and m_cu as the gate of data of this dtype takes them."""
         # Cast first: a model that is moved to bfloat16 takes its parameters along.
-        learned = [F.softplus(parameter.to(wide(dtype))) for parameter in self.parameters()]
+        learned = [F.softplus(parameter.to(wide(dtype)))[0] for parameter in self.parameters()]
         return [self.beta.to(wide(dtype))] * 2 + learned if self.scheduled else learned
 
     def forward(self, x_in: Tensor, x_post: Tensor, x_prior: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

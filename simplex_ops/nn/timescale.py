@@ -28,7 +28,7 @@ class CausalRouter(nn.Module):
         super().__init__()
         expect_positive("CausalRouter", dim=dim)
         self.weight = nn.Parameter(torch.empty(2 * dim, device=device).normal_(std=0.5 * dim**-0.5))
-        self.bias = nn.Parameter(torch.zeros((), device=device))
+        self.bias = nn.Parameter(torch.zeros(1, device=device))  # FSDP shards no parameter without dimensions
 
     def forward(self, x: Tensor, prev: Tensor | None = None) -> Tensor:
         """Logits [batch, length] of x [batch, length, dim]; prev [batch, dim] is the token before the first one."""

@@ -171,7 +171,7 @@ def _extend(ring: Tensor, new: Tensor, position: int) -> Tensor:
     """
     if new.size(2) == 1:
         _write(ring, new, position)
-        return _newest(ring, position + 1)
+        return _newest(ring, position + 1).to(new.dtype)
     # A chunk's first rows need rows that its last rows are about to overwrite.
     seen = torch.cat((_newest(ring, position).to(new.dtype), new), dim=2)
     _write(ring, new, position)
