@@ -75,11 +75,12 @@ def _end_of(pos, bounds_ptr, num_bounds, num_keys):
 
 
 @gluon.jit
-def _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M: gl.constexpr):
+def _keys_of(first_row, num_rows, group, past, w_long, w_short, bounds_ptr, num_bounds, BLOCK_M: gl.constexpr):
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + BLOCK_M, num_rows) - 1) // group + past
-    first_n = gl.maximum(first_pos - w_long + 1, 0)
-    first_j = gl.maximum(first_pos - w_short + 1, 0)
+    first_key = _start_of(first_pos, bounds_ptr, num_bounds)
+    first_n = gl.maximum(first_pos - w_long + 1, first_key)
+    first_j = gl.maximum(first_pos - w_short + 1, first_key)
     return Keys(first_n, last_pos + 1 - first_n, w_long, first_j, last_pos + 1 - first_j, w_short)
 
 
@@ -239,9 +240,10 @@ def _scale_tiles(ring, plain, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short
 
 
 @gluon.jit
-def _own_steps(first_pos, last_pos, first_b, num_b, w_b):
-    """Of num_b steps from key first_b on, those whose key rows from first_pos to last_pos see: the first, and how many."""
-    own_first = gl.minimum(gl.maximum(first_pos - w_b + 1 - first_b, 0), num_b)
+def _own_steps(first_pos, last_pos, first_start, first_b, num_b, w_b):
+    """Of num_b steps from key first_b on, those whose key rows from first_pos to last_pos see: the first, and how many.
+    first_start: the first position of first_pos' sequence."""
+    own_first = gl.minimum(gl.maximum(gl.maximum(first_pos - w_b + 1, first_start) - first_b, 0), num_b)
     return own_first, gl.maximum(gl.minimum(last_pos + 1 - first_b, num_b) - own_first, 0)
 
 
@@ -275,13 +277,14 @@ def _columns(start, like):
 
 
 @gluon.jit
-def _hide(s, a, last, count):
-    """-inf in place of s where the column is none of the `count` up to `last`. In one piece, so that no predicate outlives it."""
+def _hide(s, a, last, count, HIDDEN: gl.constexpr = "0fFF800000"):
+    """-inf, or HIDDEN, in place of s where the column is none of the `count` up to `last`. In one piece, so that no predicate
+    outlives it."""
     a = gl.broadcast(a[None, :], s)[0]
     last = gl.broadcast(last[:, None], s)[0]
     count = gl.broadcast(count[:, None], s)[0]
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 age; sub.u32 age, $3, $2; setp.lt.u32 p, age, $4; selp.f32 $0, $1, 0fFF800000, p; }",
+        "{ .reg .pred p; .reg .u32 age; sub.u32 age, $3, $2; setp.lt.u32 p, age, $4; selp.f32 $0, $1, " + HIDDEN + ", p; }",
         "=f,f,r,r,r", [s, a, last, count], dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
 
 
@@ -325,13 +328,14 @@ def _load_queries(q_smem, warpgroup, q_ptr, stride_qn, stride_qh, first_row, num
 
 
 @gluon.jit
-def _in_range(ring, warpgroup, o, row_sum, pos, row_ok, w_long, w_short, dtype: gl.constexpr):
-    """The rows whose sums are right, and a word to the others of the block on whether all are."""
+def _in_range(ring, warpgroup, o, row_sum, age, row_ok, w_long, w_short, dtype: gl.constexpr):
+    """The rows whose sums are right, and a word to the others of the block on whether all are. age: a row's position in its
+    sequence."""
     # Weights overflow far above the reference. Far below it, fp16 ones lose bits (2^-25 each at most, so that 2^-12 of the sum
     # may be lost) and bf16 ones do not.
     least = gl.full_like(row_sum, 1e-20)
     if dtype == gl.float16:
-        pairs = gl.minimum(pos + 1, w_long).to(gl.float32) * gl.minimum(pos + 1, w_short).to(gl.float32)
+        pairs = gl.minimum(age + 1, w_long).to(gl.float32) * gl.minimum(age + 1, w_short).to(gl.float32)
         least = gl.maximum(pairs * 2.0**-13, 0.5)
     in_range = (row_sum >= least) & (row_sum + gl.convert_layout(gl.sum(o * 0.0, 1), row_sum.type.layout) < float("inf"))
     bad = row_ok & (in_range == 0)
@@ -385,13 +389,12 @@ def _lse_and_delta(grad_out, first_row, single, out_ptr, lse_ptr, grad_lse_ptr, 
 
 
 @gluon.jit
-def _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, since, at_edge, seen, single):
-    """P and dS, 0 for pairs that are not seen."""
+def _score_gradients(s, dp, lse2, delta, to_exponent, start, pos, w_a, at_edge, seen, b, begin):
+    """dS, 0 for pairs that are not seen: of keys from start on with key b of the other axis, by rows at pos of sequences that begin
+    at `begin`."""
     shift = gl.where(seen, -lse2, float("-inf"))
     p = gl.exp2(gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0]))
     ds = p * (dp - delta[:, None])
     if at_edge:
-        valid = (a[None, :] <= pos[:, None]) & (a[None, :] > since[:, None]) & seen[:, None]
-        p = gl.where(valid, p, 0.0)
-        ds = gl.where(valid, gl.where(single[:, None], -delta[:, None], ds), 0.0)
-    return p, ds
+        ds = _hide(ds, _columns(start, s), pos, gl.where(seen & (begin <= b), gl.minimum(w_a, pos - begin + 1), 0), "0f00000000")
+    return ds

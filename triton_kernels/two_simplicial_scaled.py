@@ -35,6 +35,7 @@ from triton_kernels.scaled_tiles import (
     _over_columns,
     _own_steps,
     _scale_tiles,
+    _start_of,
     _store,
     _weights,
 )
@@ -42,7 +43,14 @@ from triton_kernels.variant import Variant
 
 
 @gluon.jit
-def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
+def _since(pos, begin, b, w_a):
+    """The last key that a row does not see any more, of those it meets together with key b of the other axis: itself where b is
+    of an earlier sequence. begin: where the row's sequence begins."""
+    return gl.where(begin <= b, gl.maximum(pos - w_a, begin - 1), pos)
+
+
+@gluon.jit
+def _sums(ring, keys, stage, phase, q, pos, begin, first_pos, last_pos, first_start, last_start, to_exponent,
           HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
     """A warpgroup's sums of P @ V and P over all pairs, relative to a reference of each row. EXACT: its running maximum."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -54,20 +62,22 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
     o = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     for part in range(2):
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
-        own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
+        own_first, own_num = _own_steps(first_pos, last_pos, first_start, first_b, num_b, w_b)
         for tile in range(num_tiles):
             stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
             a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a)
+            # Elsewhere all rows are of one sequence, as a and b are.
+            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - w_a, last_start - 1))
             if own_num > 0:
                 b = first_b + own_first
                 mbarrier.wait(ring.full.index(stage), phase)
                 s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 seen = (pos >= b) & (pos < b + w_b)
+                since = _since(pos, begin, b, w_a)
                 p, ref, row_sum, alpha = _weights(
-                    s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, True, EXACT)  # fmt: skip
+                    s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, pos >= b, True, EXACT)  # fmt: skip
                 o = o * _over_columns(alpha, o)
                 p = gl.convert_layout(p.to(q.dtype), p_layout)
                 v_stage = stage
@@ -80,8 +90,9 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
                     o_next = warpgroup_mma(p, ring.v.index(v_stage), o, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s_next,))
                     seen = (pos >= b) & (pos < b + w_b)
+                    since = _since(pos, begin, b, w_a)
                     p_next, ref, row_sum, alpha = _weights(
-                        s, ref, row_sum, to_exponent, a, pos, pos - w_a, at_edge, seen, pos >= b, EXACT, EXACT)  # fmt: skip
+                        s, ref, row_sum, to_exponent, a, pos, since, at_edge, seen, pos >= b, EXACT, EXACT)  # fmt: skip
                     done_stage = v_stage
                     v_stage = stage
                     stage, phase = ring.advance(stage, phase)
@@ -102,7 +113,7 @@ def _sums(ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent,
 
 @gluon.jit
 def _attend(ring, keys, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, out_stride, num_queries, num_rows, group,
-            past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+            past, first_row, head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: 64 rows from q to out and lse."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_mma)
@@ -116,16 +127,21 @@ def _attend(ring, keys, q_smem, warpgroup, q_ptr, out_ptr, lse_ptr, stride_qn, s
     pos = row // group + past
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
-    begin = gl.to_tensor(0)
+    begin = _start_of(pos, bounds_ptr, num_bounds)
+    first_start = _start_of(first_pos, bounds_ptr, num_bounds)
+    last_start = _start_of(last_pos, bounds_ptr, num_bounds)
+    zero = gl.to_tensor(0)
     o, row_sum, ref, stage, phase = _sums(
-        ring, keys, begin, begin, q, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N, False)  # fmt: skip
+        ring, keys, zero, zero, q, pos, begin, first_pos, last_pos, first_start, last_start, to_exponent, HEAD_DIM, BLOCK_N,
+        False)  # fmt: skip
 
-    in_range = _in_range(ring, warpgroup, o, row_sum, pos, row < num_rows, keys.w_long, keys.w_short, dtype)
+    in_range = _in_range(ring, warpgroup, o, row_sum, pos - begin, row < num_rows, keys.w_long, keys.w_short, dtype)
     # Only bad rows take what the second try says: bits of the others must not depend on their neighbours.
     _store(o, row_sum, ref, out_ptr, lse_ptr, row, (row < num_rows) & in_range, group, num_queries, out_stride, head_dim, dtype)
     if ring.is_out_of_range():
         o, row_sum, ref, stage, phase = _sums(
-            ring, keys, stage, phase, q, pos, first_pos, last_pos, to_exponent, HEAD_DIM, BLOCK_N, True)  # fmt: skip
+            ring, keys, stage, phase, q, pos, begin, first_pos, last_pos, first_start, last_start, to_exponent, HEAD_DIM, BLOCK_N,
+            True)  # fmt: skip
         mask = (row < num_rows) & (in_range == 0)
         _store(o, row_sum, ref, out_ptr, lse_ptr, row, mask, group, num_queries, out_stride, head_dim, dtype)
 
@@ -141,7 +157,7 @@ def two_simplicial_fwd_scaled(
     stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -163,7 +179,8 @@ def two_simplicial_fwd_scaled(
     lse_ptr += (batch * q_heads + kv_head * group) * num_queries
 
     past = num_keys - num_queries
-    keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M)
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, bounds_ptr, num_bounds, BLOCK_M)
 
     ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
     q_smem = gl.allocate_shared_memory(
@@ -177,9 +194,9 @@ def two_simplicial_fwd_scaled(
     gl.warp_specialize(
         [
             (_attend, (ring, keys, q_smem, 0, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
-                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
+                       group, past, first_row, head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_N)),
             (_attend, (ring, keys, q_smem, 1, q_ptr, out_ptr, lse_ptr, stride_qn, stride_qh, q_heads, num_queries, num_rows,
-                       group, past, first_row, head_dim, scale, HEAD_DIM, BLOCK_N)),
+                       group, past, first_row, head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, None, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
                             stride_vsn, head_dim, HEAD_DIM, BLOCK_N, True)),
         ],

@@ -32,11 +32,16 @@ from triton_kernels.scaled_tiles import (
     ROWS,
     _advance,
     _as_pairs,
+    _columns,
+    _end_of,
     _multiply_pairs,
+    _opaque,
     _pairs,
     _row_ptrs,
     _skip,
+    _start_of,
 )
+from triton_kernels.skewed_rows import _clear
 from triton_kernels.variant import Variant
 
 
@@ -55,10 +60,11 @@ class Stream:
 
 
 @gluon.jit
-def _rows_of(j, last_j, first_n, last_n, num_keys, past, group, w_long, w_short):
-    """First and end row of those that see some of the long keys and some of the short keys j to last_j."""
+def _rows_of(j, last_j, first_n, end_pos, past, group, w_short):
+    """First and end row of those that see some of the long keys and some of the short keys j to last_j.
+    end_pos: where the last sequence, or window, of the long keys ends."""
     first_pos = gl.maximum(gl.maximum(j, first_n), past)
-    last_pos = gl.minimum(gl.minimum(last_j + w_short, last_n + w_long), num_keys) - 1
+    last_pos = gl.minimum(last_j + w_short, end_pos) - 1
     first = (first_pos - past) * group
     return first, gl.maximum((last_pos + 1 - past) * group, first)
 
@@ -73,7 +79,7 @@ def _boxes(tiles):
 
 @gluon.jit
 def _stream_rows(stream, q_desc, grad_out_desc, statistics_desc, batch, first_head, batch_head, num_batch_heads, first_j, end_j, first_n,
-                 last_n, num_keys, past, group, w_long, w_short, copy_rows, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+                 end_pos, past, group, w_short, copy_rows, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """The helper, a warp: the rows of the short keys of each turn, in the order in which the warpgroups take them."""
     TURN: gl.constexpr = 2 * ROWS // BLOCK_N
     COLUMNS: gl.constexpr = HEAD_DIM // 64
@@ -83,7 +89,7 @@ def _stream_rows(stream, q_desc, grad_out_desc, statistics_desc, batch, first_he
     stage = 0
     phase = 1
     for j in range(first_j, end_j, TURN):
-        first, end = _rows_of(j, gl.minimum(j + TURN, end_j) - 1, first_n, last_n, num_keys, past, group, w_long, w_short)
+        first, end = _rows_of(j, gl.minimum(j + TURN, end_j) - 1, first_n, end_pos, past, group, w_short)
         for start in range(first, end, ROWS):
             mbarrier.wait(stream.empty.index(stage), phase)
             full = stream.full.index(stage)
@@ -153,9 +159,31 @@ def _store_short(ptr, exchange, tile, gradient, j, end_j, head_dim, BLOCK_N: gl.
 
 
 @gluon.jit
+def _hide(p, ds, minus_delta, row, last, count, varied):
+    """0 in place of P and dS where the row is none of the `count` up to `last`, and minus_delta in place of dS where it is none of
+    the last `varied` of these. See scaled_tiles._hide."""
+    row = gl.broadcast(row[None, :], p)[0]
+    last = gl.broadcast(last[:, None], p)[0]
+    count = gl.broadcast(count[:, None], p)[0]
+    varied = gl.broadcast(varied[:, None], p)[0]
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .u32 age; .reg .f32 ds; sub.u32 age, $6, $5; setp.lt.u32 p, age, $7; setp.lt.u32 q, age, $8; "
+        "selp.f32 ds, $3, $4, q; selp.f32 $0, $2, 0f00000000, p; selp.f32 $1, ds, 0f00000000, p; }",
+        "=f,=f,f,f,f,r,r,r,r", [p, ds, minus_delta, row, last, count, varied], dtype=(gl.float32, gl.float32), is_pure=True,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _clear_short(part_ks_ptr, part_vs_ptr, first_j, end_j, head_dim, HEAD_DIM: gl.constexpr):
+    part = first_j.to(gl.int64) * head_dim
+    _clear(part_ks_ptr + part, end_j - first_j, head_dim, HEAD_DIM)
+    _clear(part_vs_ptr + part, end_j - first_j, head_dim, HEAD_DIM)
+
+
+@gluon.jit
 def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part, part_ks_ptr,
-                   part_vs_ptr, stride_ksn, stride_vsn, first_j, end_j, first_n, last_n, num_keys, past, group, head_dim, w_long,
-                   w_short, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+                   part_vs_ptr, stride_ksn, stride_vsn, first_j, end_j, first_n, first_end, end_pos, past, group, head_dim,
+                   w_long, w_short, scale, bounds_ptr, num_bounds, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: the long keys' gradients by its short keys of each turn, and those of these."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -176,9 +204,8 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
 
     line = gl.arange(0, ROWS, gl.SliceLayout(1, s_mma))
     n = first_n + line % BLOCK_N
-    window = gl.minimum(w_long, num_keys)
-    # The rows that see one pair only, whose dS is dlse and nothing else.
-    single_until = gl.where(w_long + w_short == 2, (num_keys - past) * group, gl.where(past == 0, group, 0))
+    n_start = _start_of(n, bounds_ptr, num_bounds)
+    n_end = _end_of(n, bounds_ptr, num_bounds, end_pos)
     to_exponent = scale * LOG2E
     zero_s = gl.full([ROWS, ROWS], 0.0, gl.float32, s_mma)
     statistics = stream.statistics.reinterpret(gl.float32, [stream.statistics.shape[0], ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -203,19 +230,27 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
 
         grad_k = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
         grad_v = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
-        first, end = _rows_of(turn_j, gl.minimum(turn_j + 2 * SHORT, end_j) - 1, first_n, last_n, num_keys, past, group, w_long, w_short)
+        first, end = _rows_of(turn_j, gl.minimum(turn_j + 2 * SHORT, end_j) - 1, first_n, end_pos, past, group, w_short)
         last_j = gl.minimum(j + SHORT, end_j) - 1
         # The rows that see some of its pairs; and all of them (none where the share ends within them).
         own_from = (gl.maximum(first_n, j) - past) * group
-        own_until = gl.minimum((gl.minimum(last_n + window, last_j + w_short) - past) * group, end)
+        own_until = gl.minimum((last_j + w_short - past) * group, end)
         all_from = (gl.maximum(first_n + BLOCK_N - 1, j + SHORT - 1) - past) * group
-        all_until = gl.minimum((gl.minimum(first_n + window, j + w_short) - past) * group, end)
+        # j is not in a sequence before first_n's.
+        all_until = gl.minimum((gl.minimum(gl.minimum(first_n + w_long, j + w_short), first_end) - past) * group, end)
         all_until = gl.where(j + SHORT <= end_j, all_until, 0)
-        # And of each line, as numbers of rows: to divide those by the group instead would take longer than the products.
+        all_count = gl.maximum(all_until - all_from - ROWS + 1, 0)
+        # And of each line: how many, and the last, counted from all_from. As numbers of rows: to divide those by the group
+        # instead would take longer than the products.
         short = j + line // BLOCK_N
         sees_from = (gl.maximum(n, short) - past) * group
-        sees_until = gl.minimum((gl.minimum(n + window, short + w_short) - past) * group, end)
-        sees_until = gl.where(short < end_j, sees_until, 0)
+        sees_until = gl.minimum((gl.minimum(gl.minimum(n + w_long, short + w_short), n_end) - past) * group, end)
+        sees_last = sees_until - 1 - all_from
+        sees_count = gl.where((short < end_j) & (n_start <= short), gl.maximum(sees_until - sees_from, 0), 0)
+        # Marked by the sign: the rows of the first token see one pair only, whose dS is dlse and nothing else. (Opaque, or ptxas
+        # finds no uniform registers for what the products of tiles of 16 keys take.)
+        single = (n == short) & ((n == n_start) | (w_long + w_short == 2))
+        sees_count = _opaque(sees_count) | gl.where(single, -0x80000000, 0)
         own_first = gl.minimum(gl.maximum(own_from - first, 0), end - first) // ROWS
         own_num = gl.where(j < end_j, gl.maximum(gl.cdiv(own_until - first, ROWS) - own_first, 0), 0)
         stage, phase = stream.skip(own_first, stage, phase)
@@ -223,7 +258,9 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
             mbarrier.wait(stream.full.index(stage), phase)
             s = warpgroup_mma(k_scaled, stream.q.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
-            for start in range(first + own_first * ROWS, first + (own_first + own_num) * ROWS, ROWS):
+            own_from = first + own_first * ROWS - all_from
+            own_until = own_from + own_num * ROWS
+            for start in range(own_from, own_until, ROWS):
                 # S is there already.
                 q = stream.q.index(stage)
                 grad_out = stream.grad_out.index(stage)
@@ -233,17 +270,17 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
                 next_stage, next_phase = stream.advance(stage, phase)
                 # The next rows are waited for here and not below: without something in between, ptxas moves the end of dP
                 # in front of the exponentials. After the last rows S is of whatever is there, and nobody takes it.
-                more = start + ROWS < first + (own_first + own_num) * ROWS
+                more = start + ROWS < own_until
                 mbarrier.wait(stream.full.index(next_stage), next_phase, pred=more)
                 dp = warpgroup_mma_wait(0, deps=(dp_next,))
                 minus_delta = gl.broadcast(statistics.index(2 * stage + 1).load(columns)[None, :], zero_s)[0]
                 ds = p * (dp + minus_delta)
-                if (start < all_from) | (start + ROWS > all_until):  # also where a row sees one pair only
-                    row = start + gl.arange(0, ROWS, columns)
-                    valid = (row[None, :] >= sees_from[:, None]) & (row[None, :] < sees_until[:, None])
-                    p = gl.where(valid, p, 0.0)
-                    single = row < single_until
-                    ds = gl.where(valid, gl.where(single[None, :], minus_delta, ds), 0.0)
+                # Where not all lines see all rows, which is also where a row sees one pair only.
+                if start.to(gl.uint32, bitcast=True) >= all_count.to(gl.uint32, bitcast=True):
+                    marked = _opaque(sees_count)  # two counts, made before the loop, would find no registers
+                    count = marked & 0x7FFFFFFF
+                    varied = count - gl.where(marked < 0, group, 0)
+                    p, ds = _hide(p, ds, minus_delta, _columns(start, s), sees_last, count, varied)
                 p = gl.convert_layout(p.to(dtype), p_layout)
                 ds = gl.convert_layout(ds.to(dtype), p_layout)
                 grad_v_next = warpgroup_mma(p, grad_out, grad_v, is_async=True)
@@ -257,7 +294,7 @@ def _key_gradients(stream, tiles, scaled, warpgroup, k_short_ptr, v_short_ptr, p
 
         if (j < end_j) | (turn_j == first_j):
             gl.barrier()  # all warps are done with the scaled tiles
-            part = (j.to(gl.int64) - (first_n - w_short + 1)) * head_dim
+            part = j.to(gl.int64) * head_dim
             _store_short(part_ks_ptr + part, exchange, k_tile, grad_k, j, end_j, head_dim, BLOCK_N)
             row = _short_rows(grad_k, k_short_ptr, j, end_j, stride_ksn, head_dim, BLOCK_N).to(gl.float32)
             _add_long(part_k_desc, staging, grad_k * row, turn_j == first_j, first_part, BLOCK_N)
@@ -278,7 +315,8 @@ def two_simplicial_bwd_dkv_scaled(
     stride_ksb: "i64:8", stride_ksn: "i64:8", stride_ksh: "i64:8",
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", num_splits: "i32", share: "i32", together: "i32", copy_rows: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32",
+    num_splits: "i32", share: "i32", together: "i32", copy_rows: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Partial sums: of dk_long, dv_long twice for each of num_splits programs of a block of keys, which take `share` of its
@@ -309,6 +347,16 @@ def two_simplicial_bwd_dkv_scaled(
     first_j = first_n - w_short + 1 + split * share
     end_j = gl.minimum(gl.minimum(first_j + share, first_n + BLOCK_N + w_long - 1), num_keys)
     first_j = gl.maximum(first_j, 0)
+    # Packed sequences leave of these those from the first one of first_n's on, to the last one of last_n's. Rows of the others
+    # are merged, too.
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    first_end = _end_of(first_n, bounds_ptr, num_bounds, num_keys)
+    end_pos = gl.minimum(_end_of(last_n, bounds_ptr, num_bounds, num_keys), last_n + w_long)
+    first_own = gl.minimum(gl.maximum(first_j, _start_of(first_n, bounds_ptr, num_bounds)), end_j)
+    end_own = gl.maximum(gl.minimum(end_j, end_pos), first_own)
+    first_short -= (first_n - w_short + 1).to(gl.int64) * head_dim  # of short key 0 now
+    _clear_short(part_ks_ptr + first_short, part_vs_ptr + first_short, first_j, first_own, head_dim, HEAD_DIM)
+    _clear_short(part_ks_ptr + first_short, part_vs_ptr + first_short, end_own, end_j, head_dim, HEAD_DIM)
 
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
     stream = Stream(
@@ -334,13 +382,15 @@ def two_simplicial_bwd_dkv_scaled(
     gl.warp_specialize(
         [
             (_key_gradients, (stream, tiles, scaled, 0, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part,
-                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_j, end_j, first_n,
-                              last_n, num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM, BLOCK_N)),
+                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_own, end_own, first_n,
+                              first_end, end_pos, past, group, head_dim, w_long, w_short, scale, bounds_ptr, num_bounds,
+                              HEAD_DIM, BLOCK_N)),
             (_key_gradients, (stream, tiles, scaled, 1, k_short_ptr, v_short_ptr, part_k_desc, part_v_desc, first_part + BLOCK_N,
-                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_j, end_j, first_n,
-                              last_n, num_keys, past, group, head_dim, w_long, w_short, scale, HEAD_DIM, BLOCK_N)),
+                              part_ks_ptr + first_short, part_vs_ptr + first_short, stride_ksn, stride_vsn, first_own, end_own, first_n,
+                              first_end, end_pos, past, group, head_dim, w_long, w_short, scale, bounds_ptr, num_bounds,
+                              HEAD_DIM, BLOCK_N)),
             (_stream_rows, (stream, q_desc, grad_out_desc, statistics_desc, batch_head // kv_heads, batch_head % kv_heads * group,
-                            batch_head, statistics_desc.shape[0] // 2, first_j, end_j, first_n, last_n, num_keys, past, group, w_long,
+                            batch_head, statistics_desc.shape[0] // 2, first_own, end_own, first_n, end_pos, past, group,
                             w_short, copy_rows, HEAD_DIM, BLOCK_N)),
         ],
         [4, 1],

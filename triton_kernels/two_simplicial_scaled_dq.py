@@ -33,6 +33,7 @@ from triton_kernels.scaled_tiles import (
     _scale_tiles,
     _score_gradients,
     _sees_one_pair,
+    _start_of,
     _store_rows,
 )
 from triton_kernels.variant import Variant
@@ -41,7 +42,8 @@ from triton_kernels.variant import Variant
 @gluon.jit
 def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_lse_ptr, has_grad_lse,
                      grad_q_ptr, minus_lse_ptr, minus_delta_ptr, stride_qn, stride_qh, stride_gn, stride_gh, out_stride, num_queries,
-                     num_rows, group, past, first_row, head_dim, scale, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+                     num_rows, group, past, first_row, head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM: gl.constexpr,
+                     BLOCK_N: gl.constexpr):  # fmt: skip
     """One of the two warpgroups that multiply: dq, and what dkv needs to know of 64 rows."""
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -58,6 +60,9 @@ def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_
     q_ptrs = _row_ptrs(_pairs(q_ptr), row // group, stride_qn // 2, d) + (row % group)[:, None] * (stride_qh // 2)
     g_ptrs = _row_ptrs(_pairs(grad_out_ptr), row // group, stride_gn // 2, d) + (row % group)[:, None] * (stride_gh // 2)
     _as_pairs(qg_smem).index(warpgroup).store(gl.load(q_ptrs, mask=mask, other=0))
+    # Where a row sees one pair, dS is dlse: no dO, no dP.
+    pos = row // group + past
+    mask &= (_sees_one_pair(pos - _start_of(pos, bounds_ptr, num_bounds), keys.w_long, keys.w_short) == 0)[:, None]
     _as_pairs(qg_smem).index(2 + warpgroup).store(gl.load(g_ptrs, mask=mask, other=0))
     fence_async_shared()
     gl.barrier()
@@ -68,7 +73,8 @@ def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_
 
     row = first_row + gl.arange(0, ROWS, rows)
     pos = row // group + past
-    single = _sees_one_pair(pos, keys.w_long, keys.w_short)
+    begin = _start_of(pos, bounds_ptr, num_bounds)
+    single = _sees_one_pair(pos - begin, keys.w_long, keys.w_short)
     lse2, delta = _lse_and_delta(grad_out.load(o_mma), first_row, single, out_ptr, lse_ptr, grad_lse_ptr, has_grad_lse, out_stride,
                                  num_queries, num_rows, group, head_dim)  # fmt: skip
     to_exponent = scale * LOG2E
@@ -77,7 +83,8 @@ def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_
 
     first_pos = first_row // group + past
     last_pos = (gl.minimum(first_row + ROWS, num_rows) - 1) // group + past  # before first_pos where there are no rows
-    one_pair = _sees_one_pair(first_pos, keys.w_long, keys.w_short)
+    first_start = _start_of(first_pos, bounds_ptr, num_bounds)
+    last_start = _start_of(last_pos, bounds_ptr, num_bounds)
     zero_s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_mma)
     zero_q = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, o_mma)
     grad_q = zero_q
@@ -86,19 +93,19 @@ def _query_gradients(ring, plain, keys, qg_smem, warpgroup, q_ptr, out_ptr, lse_
     slot = gl.to_tensor(0)
     for part in range(2):
         first_a, num_tiles, w_a, first_b, num_b, w_b = keys.part(part, BLOCK_N)
-        own_first, own_num = _own_steps(first_pos, last_pos, first_b, num_b, w_b)
+        own_first, own_num = _own_steps(first_pos, last_pos, first_start, first_b, num_b, w_b)
         for tile in range(num_tiles):
             stage, phase = ring.skip(own_first, stage, phase)
             start = first_a + tile * BLOCK_N
-            a = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_mma))
-            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_pos - w_a) | one_pair
+            # Elsewhere all rows are of one sequence, as a and b are.
+            at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= gl.maximum(last_pos - w_a, last_start - 1))
             for b in range(first_b + own_first, first_b + own_first + own_num):
                 mbarrier.wait(ring.full.index(stage), phase)
                 s = warpgroup_mma(q, ring.k.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp = warpgroup_mma(grad_out, ring.v.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 s, dp = warpgroup_mma_wait(0, deps=(s, dp))
                 seen = (pos >= b) & (pos < b + w_b)
-                _, ds = _score_gradients(s, dp, lse2, delta, to_exponent, a, pos, pos - w_a, at_edge, seen, single)
+                ds = _score_gradients(s, dp, lse2, delta, to_exponent, start, pos, w_a, at_edge, seen, b, begin)
                 ds = gl.convert_layout(ds.to(dtype), ds_layout)
                 u_next = warpgroup_mma(ds, plain.tiles.index(slot), zero_q, use_acc=False, is_async=True)
                 u = warpgroup_mma_wait(0, deps=(u_next,))
@@ -127,7 +134,7 @@ def two_simplicial_bwd_dq_scaled(
     stride_vsb: "i64:8", stride_vsn: "i64:8", stride_vsh: "i64:8",
     stride_gb: "i64:8", stride_gn: "i64:8", stride_gh: "i64:8",
     num_queries: "i32", num_keys: "i32", kv_heads: "i32", group: "i32", head_dim: "i32:8",
-    w_long: "i32", w_short: "i32", scale: "fp32", has_grad_lse: "i32",
+    w_long: "i32", w_short: "i32", scale: "fp32", bounds_ptr: "*i32:16", packed: "i32", has_grad_lse: "i32",
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -153,7 +160,8 @@ def two_simplicial_bwd_dq_scaled(
     minus_delta_ptr = minus_lse_ptr + num_heads.to(gl.int64) * num_rows
 
     past = num_keys - num_queries
-    keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, BLOCK_M)
+    num_bounds = gl.where(packed != 0, num_keys, 0)
+    keys = _keys_of(first_row, num_rows, group, past, w_long, w_short, bounds_ptr, num_bounds, BLOCK_M)
 
     ring = _new_ring(dtype, STAGES, BLOCK_N, HEAD_DIM)
     plain = _new_plain(dtype, STAGES, BLOCK_N, HEAD_DIM)
@@ -170,11 +178,11 @@ def two_simplicial_bwd_dq_scaled(
             (_query_gradients, (ring, plain, keys, qg_smem, 0, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
                                 grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
                                 stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
-                                head_dim, scale, HEAD_DIM, BLOCK_N)),
+                                head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_N)),
             (_query_gradients, (ring, plain, keys, qg_smem, 1, q_ptr, out_ptr + first_out, lse_ptr + first_lse, grad_out_ptr,
                                 grad_lse_ptr + first_lse, has_grad_lse, grad_q_ptr + first_out, minus_lse_ptr, minus_delta_ptr,
                                 stride_qn, stride_qh, stride_gn, stride_gh, q_heads, num_queries, num_rows, group, past, first_row,
-                                head_dim, scale, HEAD_DIM, BLOCK_N)),
+                                head_dim, scale, bounds_ptr, num_bounds, HEAD_DIM, BLOCK_N)),
             (_scale_tiles, (ring, plain, keys, k_long_ptr, v_long_ptr, k_short_ptr, v_short_ptr, stride_kln, stride_vln, stride_ksn,
                             stride_vsn, head_dim, HEAD_DIM, BLOCK_N, False)),
         ],
