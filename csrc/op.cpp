@@ -19,6 +19,11 @@ std::string bracketed(const Shape& shape) {
   return "[" + text + "]";
 }
 
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
 bool data_is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
 // The C shim rather than torch::stable::empty, which looks the op up by name at every call (1 us).
@@ -68,11 +73,6 @@ bool same_device(const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &of_a));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &of_b));
   return of_a == of_b && a.get_device_index() == b.get_device_index();
-}
-
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
-  const auto sizes = t.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
 void expect_sizes(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,

@@ -43,7 +43,6 @@ std::string dtype_string(const Tensor& t);
 // kernel's launch once there are ten tensors.
 bool same_dtype(const Tensor& a, const Tensor& b);
 bool same_device(const Tensor& a, const Tensor& b);
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 
 // The checks that most ops share, in the words of simplex_ops/_checks.py: shape (with where it comes from), dtype,
 // dtype and device of another argument, a floating dtype that the kernels of t's device read.

@@ -20,8 +20,7 @@ TensorDescriptor four_dimensional(const Tensor& t) {
 // The arguments of a launch, in the order of the kernel's parameters.
 class Args {
  public:
-  Args(const Launch& launch, const Kernel& kernel)
-      : l_(launch), maps_(kernel.tensor_maps.size), takes_bounds_(takes_bounds(kernel)) {
+  Args(const Launch& launch, const Kernel& kernel) : l_(launch), maps_(kernel.tensor_maps.size) {
     list_.reserve(kMaxParams);
   }
   operator Span<Arg>() const { return {list_.data(), list_.size()}; }
@@ -54,10 +53,6 @@ class Args {
   }
   // Which pairs packed sequences forbid.
   Args& packing() {
-    if (!takes_bounds_) {
-      SIMPLEX_EXPECT(!l_.bounds, "two_simplicial_attention", "cu_seqlens to be None here: not built yet");
-      return *this;
-    }
     return pointer("bounds_ptr", l_.bounds ? *l_.bounds : l_.p.q).integer("packed", l_.bounds.has_value());
   }
   Args& long_strides() {
@@ -75,10 +70,6 @@ class Args {
   }
 
  private:
-  static bool takes_bounds(const Kernel& kernel) {
-    return std::any_of(kernel.params.begin(), kernel.params.end(),
-                       [](const Param& p) { return std::string_view(p.name) == "bounds_ptr"; });
-  }
   Args& push(const Arg& arg) {
     list_.push_back(arg);
     return *this;
@@ -86,7 +77,6 @@ class Args {
 
   const Launch& l_;
   const size_t maps_;
-  const bool takes_bounds_;
   std::vector<Arg> list_;
 };
 

@@ -117,7 +117,7 @@ struct Launch {
   bool short_parts_fit(int64_t block_n) const {
     const int64_t partial_rows = ceil_div(p.Nk, block_n) * short_rows(block_n) * p.B * p.Hkv;
     const int64_t bytes_of_all = 2 * (4 * p.q.numel() + 8 * p.k1.numel());
-    return 2 * sizeof(float) * partial_rows * p.D <= kFreeBytes + bytes_of_all;
+    return int64_t{2 * sizeof(float)} * partial_rows * p.D <= kFreeBytes + bytes_of_all;
   }
   // Short keys that share a row with a block of long keys.
   int64_t short_rows(int64_t block_n) const { return block_n + axes.w_long + axes.w_short - 2; }

@@ -25,8 +25,7 @@ def explicit(layer: TwoSimplicialAttention, x: torch.Tensor) -> torch.Tensor:
         for w in (layer.wq, layer.wk1, layer.wk2, layer.wv1, layer.wv2)
     )
     k1, k2, v1, v2 = (t.repeat_interleave(layer.heads // layer.kv_heads, dim=2) for t in (k1, k2, v1, v2))
-    scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
-    scores = scale * torch.einsum("bihd,bjhd,bkhd->bhijk", q, k1, k2)
+    scores = layer.scale * torch.einsum("bihd,bjhd,bkhd->bhijk", q, k1, k2)
     back = torch.arange(length, device=x.device)[:, None] - torch.arange(length, device=x.device)
     seen1, seen2 = (back >= 0) & (back < layer.w1), (back >= 0) & (back < layer.w2)
     scores = scores.masked_fill(~(seen1[:, :, None] & seen2[:, None, :]), -math.inf)

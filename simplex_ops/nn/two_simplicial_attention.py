@@ -159,7 +159,8 @@ class TwoSimplicialAttention(nn.Module):
         return [torch.zeros(shape, dtype=weight.dtype, device=weight.device)]
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, w1={self.w1}, w2={self.w2}"
+        sizes = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, w1={self.w1}, w2={self.w2}"
+        return f"{sizes}, scale={self.scale:g}, determinant={self.determinant}"
 
 
 def _extend(ring: Tensor, new: Tensor, position: int) -> Tensor:
