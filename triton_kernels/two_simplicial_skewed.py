@@ -203,7 +203,6 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     # It skips the others' tiles while it holds one and waits for one: where sequences begin, more than the ring has may be left.
     own_num = gl.maximum(own_num, band.num_tiles - (ring.full.shape[0] - 2))
     last_since = band.since(last_pos)
-    since = pos - gl.minimum(band.w_long, age + 1)
     a = _operand(q_smem, short, warpgroup, token, short_phase, True, a_layout)
     stage, phase = ring.skip(before, stage, phase)
     mbarrier.wait(ring.full.index(stage), phase)
@@ -211,6 +210,7 @@ def _sums(ring, short, band, stage, phase, short_phase, q_smem, warpgroup, pos, 
     s = warpgroup_mma_wait(0, deps=(s,))
     for offset in range(band.num_offsets):
         seen = age >= offset
+        since = pos - gl.minimum(band.w_long, _opaque(age) + 1)
         start = band.end_n - (before + 1) * BLOCK_N
         at_edge = (start + BLOCK_N - 1 > first_pos) | (start <= last_since)
         n = _columns(start, s)

@@ -141,9 +141,9 @@ def _score_gradients(s, dp, lse2, delta, to_exponent, n, pos, since, at_edge, on
     exponent = gl.fma(s, gl.full_like(s, to_exponent), gl.broadcast(shift[:, None], s)[0])
     if at_edge:  # the exponent, not S: a negative scale would make inf of -inf
         exponent, dp = _hide(exponent, dp, n, pos, pos - since)
-    if one_pair:
-        exponent = gl.where(single[:, None] & (exponent > float("-inf")), 0.0, exponent)
-        dp = gl.where(single[:, None], 0.0, dp)
+        if one_pair:  # which a window or a sequence ends beside
+            exponent = gl.where(single[:, None] & (exponent > float("-inf")), 0.0, exponent)
+            dp = gl.where(single[:, None], 0.0, dp)
     p = gl.exp2(exponent)
     return p, p * (dp - delta[:, None])
 
