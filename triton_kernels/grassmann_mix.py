@@ -29,6 +29,7 @@ from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
 TILES = gl.constexpr(8)
+FRAME = gl.constexpr(66)  # rows of 64 tokens: u, Y, N and 1 / |z|
 # 64 rows of tokens, i and j of 64 columns, as an operand and as an accumulator of wgmma have them.
 PLANES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -151,11 +152,12 @@ def _boxes(memory):
 
 @gluon.jit
 def _load_frames(frame_desc, first_token, full, boxes, PER_WARPGROUP: gl.constexpr):
-    """u and Y by blocks and the two rows after them, of 64 tokens for each of two warpgroups."""
+    """u and Y by blocks and what comes after them, of 64 tokens for each of two warpgroups."""
     mbarrier.expect(full, 2 * 9 * 8 * ROWS * 4)
     for i in gl.static_range(2):
         for block in gl.static_range(9):
-            tma.async_load(frame_desc, [8 * block, first_token + i * ROWS], full, boxes.index(i * PER_WARPGROUP + block))
+            row = (first_token // ROWS + i) * FRAME + 8 * block
+            tma.async_load(frame_desc, [row, 0], full, boxes.index(i * PER_WARPGROUP + block))
 
 
 @gluon.jit
@@ -326,7 +328,7 @@ def _turn(weights, memory, frames, full, warpgroup, turn_desc, first_token, BLOC
     fence_async_shared()
     gl.barrier()
     for block in range(8):
-        tma.async_store(turn_desc, [8 * block, first_token + warpgroup * ROWS], sums.index(block))
+        tma.async_store(turn_desc, [first_token + warpgroup * ROWS + 8 * block, 0], sums.index(block))
     tma.store_wait(0)
 
 

@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from triton_kernels.grassmann_mix import _wedge
-from triton_kernels.plucker_mean import plucker_mean_bwd_token, plucker_mean_frame
+from triton_kernels.grassmann_mix import FRAME, _wedge
+from triton_kernels.plucker_mean import COLUMNS, plucker_mean_bwd_token, plucker_mean_frame
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
@@ -41,21 +41,21 @@ BIAS = tl.constexpr(384)  # the column of the bias
 def grassmann_mix_start(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
-    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
+    frame_ptr: "*fp32", pairs_ptr: "*fp32", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
     gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
     gdc_wait()
-    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
             valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, keeps_pairs, z_ptr,
-            seen_ptr, history, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM,
-            BLOCK_T,
+            seen_ptr, history, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM,
+            BLOCK_T, AT_ONCE,
         )  # fmt: skip
     else:
         row = (tl.program_id(0) - num_blocks).to(tl.int64)
@@ -85,7 +85,7 @@ class Tokens:
     """The gradient of g and the frames of 64 tokens at a time."""
 
     grad_g: gl.shared_memory_descriptor  # [stages, 64, BLOCK_N]
-    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and the two rows after them
+    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and what comes after them
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
@@ -111,11 +111,12 @@ def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
         full = tokens.full.index(stage)
         mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2))
         tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
-        tma.async_load(frame_desc, [64, token], full, tokens.frame.index(stage * 9 + 8))
+        row = token // ROWS * FRAME
+        tma.async_load(frame_desc, [row + 64, 0], full, tokens.frame.index(stage * 9 + 8))
         for i in gl.static_range(3):
             block = i + (i >= not_needed).to(gl.int32)
-            tma.async_load(frame_desc, [block * 8, token], full, tokens.frame.index(stage * 9 + block))
-            tma.async_load(frame_desc, [32 + block * 8, token], full, tokens.frame.index(stage * 9 + 4 + block))
+            tma.async_load(frame_desc, [row + block * 8, 0], full, tokens.frame.index(stage * 9 + block))
+            tma.async_load(frame_desc, [row + 32 + block * 8, 0], full, tokens.frame.index(stage * 9 + 4 + block))
         stage, phase = tokens.advance(stage, phase)
 
 
@@ -223,8 +224,8 @@ def grassmann_mix_bwd_weight(
 def grassmann_mix_finish(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
-    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
+    frame_ptr: "*fp32", pairs_ptr: "*fp32", turn_ptr: "*fp32", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
+    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -232,11 +233,11 @@ def grassmann_mix_finish(
     """plucker_mean_bwd_token, which computes, and by further programs the gradients of the weight and of the bias, from partial
     sums [num_parts, d / 8, 512, 8], which takes memory's time."""
     gdc_wait()
-    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_bwd_token(
             valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
-            grad_stride, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
+            grad_stride, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
         )  # fmt: skip
     else:
         block = tl.program_id(0) - num_blocks
@@ -259,11 +260,11 @@ VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, tile)
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
-        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4, "launch_pdl": True}),
+        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 1, "num_warps": 1, "launch_pdl": True}),
         (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True}),
         (
             grassmann_mix_finish,
-            {"HEAD_DIM": 32, "BLOCK_T": 16, "BLOCK_C": 16, "AT_ONCE": 8, "num_warps": 1, "launch_pdl": True},
+            {"HEAD_DIM": 32, "BLOCK_T": 32, "BLOCK_C": 16, "AT_ONCE": 8, "num_warps": 1, "launch_pdl": True},
         ),
     )
 ]
