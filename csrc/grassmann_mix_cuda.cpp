@@ -16,6 +16,7 @@ const KernelFamily kFinish("grassmann_mix_finish", {"dtype"});
 
 constexpr int64_t kWidth = 32;     // coordinates of the frames: r, padded
 constexpr int64_t kColumns = 512;  // of the weight in the order of the tiles, 64 each
+constexpr int64_t kPartRow = 128;  // elements of the sums that a warp adds up at a time
 constexpr int64_t kTile = 64;      // tokens of a warpgroup, of which a program has two
 
 int64_t blocks(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -77,24 +78,20 @@ class Launch {
          {"share", static_cast<int32_t>(share * kTile)},
          {"d", static_cast<int32_t>(d_)},
          {"bias_everywhere", static_cast<int32_t>(bias_everywhere)}});
+    const Tensor grad_weight = empty_like_device(p_.z, {d_, p_.planes()}, p_.dtype);
+    const Tensor grad_bias = empty_like_device(p_.z, {d_}, p_.dtype);
     run(kBackwardFrame, [&](const Kernel&) { return Grid{blocks(p_.tokens(), 2 * kTile), 1}; },
         {{"frame_desc", matrix(*frames_.frame)},
          {"weight_desc", matrix(columns_)},
          {"grad_g_desc", matrix(grad_g)},
-         {"turn_desc", matrix(turn)}});
-    const Tensor grad_weight = empty_like_device(p_.z, {d_, p_.planes()}, p_.dtype);
-    const Tensor grad_bias = empty_like_device(p_.z, {d_}, p_.dtype);
-    const Kernel& finish = kFinish.find(device_, {dtype_constant(p_.z)});
-    const int64_t sums = kColumns / finish["BLOCK_C"] * (d_ / 8);
-    plucker_mean_backward_token(p_, frames_, turn, grad_z,
-                                {&finish,
-                                 static_cast<unsigned>(sums),
-                                 {{"part_ptr", part.const_data_ptr()},
-                                  {"grad_weight_ptr", grad_weight.const_data_ptr()},
-                                  {"grad_bias_ptr", grad_bias.const_data_ptr()},
-                                  {"num_parts", static_cast<int32_t>(num_parts)},
-                                  {"d", static_cast<int32_t>(d_)},
-                                  {"r", static_cast<int32_t>(p_.r)}}});
+         {"turn_desc", matrix(turn)},
+         {"part_desc", {part.const_data_ptr(), {part.numel() / kPartRow, kPartRow}, {kPartRow, 1}}},
+         {"grad_weight_ptr", grad_weight.const_data_ptr()},
+         {"grad_bias_ptr", grad_bias.const_data_ptr()},
+         {"num_parts", static_cast<int32_t>(num_parts)},
+         {"d", static_cast<int32_t>(d_)},
+         {"r", static_cast<int32_t>(p_.r)}});
+    plucker_mean_backward_token(p_, frames_, turn, grad_z, {&kFinish.find(device_, {dtype_constant(p_.z)})});
     return {grad_weight, grad_bias};
   }
 
