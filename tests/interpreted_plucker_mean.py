@@ -34,11 +34,11 @@ def run(problem, head_dim, block, history, at_once):
         valid_ptr=z if valid is None else valid.to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
         offsets_ptr=offsets, frame_ptr=frame, pairs_ptr=angles, num_tokens=outputs, length=length, width=width,
         num_offsets=len(kept), has_valid=int(valid is not None), num_sequences=sequences,
-        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block,
+        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block, AT_ONCE=at_once,
     )  # fmt: skip
     planes = dict(frame_ptr=frame, r=r, rows=head_dim, stride=stride, BLOCK_T=8, BLOCK_R=16)
     kernels.plucker_mean_frame[(blocks * 64 // block,)](
-        keeps_pairs=int(history == 0), z_ptr=z, seen_ptr=seen, history=history, AT_ONCE=at_once, **pairs
+        keeps_pairs=int(history == 0), z_ptr=z, seen_ptr=seen, history=history, **pairs
     )
     assert (frame.transpose(1, 2).flatten(0, 1)[outputs:] == 0).all()  # wgmma multiplies what is there by 0
     by_planes = nan(r * (r - 1) // 2, stride, dtype=z.dtype)

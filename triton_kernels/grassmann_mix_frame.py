@@ -11,7 +11,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from triton_kernels.grassmann_mix import OF_I, OF_J, PLANES, _boxes, _coordinates, _load_frames, _load_weights, _new_block
+from triton_kernels.grassmann_mix import (
+    OF_I,
+    OF_J,
+    PLANES,
+    _boxes,
+    _coordinates,
+    _load_frames,
+    _load_weights,
+    _new_block,
+)
 from triton_kernels.grassmann_mix_weight import _sum_parts
 from triton_kernels.scaled_tiles import ROWS
 from triton_kernels.variant import Variant

@@ -145,6 +145,23 @@ def _pair(pairs_ptr, k, column, mask):
 
 
 @triton.jit
+def _turns(BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Tokens of a program, each AT_ONCE times, and which of the offsets, by turns, are whose: as many warps work on a token."""
+    column = tl.arange(0, BLOCK_T * AT_ONCE)
+    return column % BLOCK_T, column // BLOCK_T
+
+
+@triton.jit
+def _over_turns(x, AT_ONCE: tl.constexpr):
+    """The sum of what they have of a token: [PARTS, R / PARTS, BLOCK_T]."""
+    if AT_ONCE == 1:
+        return x
+    # Not tl.sum, which has 40 barriers here.
+    first, second = tl.split(tl.permute(x.reshape(x.shape[0], x.shape[1], 2, x.shape[2] // 2), (0, 1, 3, 2)))
+    return first + second
+
+
+@triton.jit
 def _sequence(cu_seqlens_ptr, token, mask, length, num_sequences, search_steps):
     """First token of each token's sequence, and the one after its last."""
     first = token - token % length
@@ -180,7 +197,8 @@ def plucker_mean_frame(
 ):  # fmt: skip
     """The frames of all tokens but the first `history` of each row, and 1 where a token is paired, 0 elsewhere. For the backward
     pass the angles of all pairs are kept."""
-    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_of, turn = _turns(BLOCK_T, AT_ONCE)
+    output = tl.program_id(0) * BLOCK_T + token_of
     token_ok = output < num_tokens
     token = output + (output // (length - history) + 1) * history
     u, inverse = _unit(_rows(z_ptr, token, width, token_ok, HEAD_DIM))
@@ -190,26 +208,28 @@ def plucker_mean_frame(
     count = tl.zeros_like(inverse)
     pair_column = _columns(output, 3 * num_offsets)
     for group in range(0, num_offsets, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            k = group + i
-            offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
-            there = tl.where(k < num_offsets, active & (token - first >= offset), False)
-            pairs = _is_valid(valid_ptr, token - offset, there, has_valid)
-            v, _inverse = _unit(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
-            cosine, factor, rest, w = _angle(u, v)
-            mean = tl.fma(w, factor[None, None, :], mean)  # plus 0 where the pair is not one: v is 0 there
-            at = pairs_ptr + pair_column + 3 * COLUMNS * k
-            keeps = tl.where((keeps_pairs != 0) & (k < num_offsets), output >= 0, False)
-            tl.store(at, cosine, mask=keeps)
-            tl.store(at + COLUMNS, factor, mask=keeps)
-            tl.store(at + 2 * COLUMNS, rest, mask=keeps)
-            count += tl.where(pairs, 1.0, 0.0)
+        k = group + turn
+        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset) & (k < num_offsets), has_valid)
+        v, _inverse = _unit(_rows(z_ptr, token - offset, width, pairs, HEAD_DIM))
+        cosine, factor, rest, w = _angle(u, v)
+        mean = tl.fma(w, factor[None, None, :], mean)  # plus 0 where the pair is not one: v is 0 there
+        at = pairs_ptr + pair_column + 3 * COLUMNS * k
+        keeps = tl.where(keeps_pairs != 0, k < num_offsets, False)
+        tl.store(at, cosine, mask=keeps)
+        tl.store(at + COLUMNS, factor, mask=keeps)
+        tl.store(at + 2 * COLUMNS, rest, mask=keeps)
+        count += tl.where(pairs, 1.0, 0.0)
     column = _columns(output, 2 * HEAD_DIM + 2)
-    tl.store(_at(frame_ptr, column, 0, HEAD_DIM), u)
+    tl.store(_at(frame_ptr, column, 0, HEAD_DIM), u, mask=(turn == 0)[None, None, :])
+    tl.store(frame_ptr + column + (2 * HEAD_DIM + 1) * COLUMNS, inverse, mask=turn == 0)
+    mean = _over_turns(mean, AT_ONCE)
+    count = _over_turns(count[None, None, :], AT_ONCE).reshape(BLOCK_T)
+    output = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = _columns(output, 2 * HEAD_DIM + 2)
     tl.store(_at(frame_ptr, column, HEAD_DIM, HEAD_DIM), mean * (1.0 / tl.maximum(count, 1.0))[None, None, :])
     tl.store(frame_ptr + column + 2 * HEAD_DIM * COLUMNS, count)
-    tl.store(frame_ptr + column + (2 * HEAD_DIM + 1) * COLUMNS, inverse)
-    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=token_ok)
+    tl.store(seen_ptr + output, tl.where(count > 0, 1.0, 0.0).to(seen_ptr.dtype.element_ty), mask=output < num_tokens)
 
 
 @triton.jit
@@ -269,14 +289,15 @@ def plucker_mean_bwd_token(
     frame_ptr: "*fp32", pairs_ptr: "*fp32", turn_ptr: "*fp32", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
     num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dz: what a token's own mean tells it, and what the later tokens of its pairs do.
 
     A thread has single tokens, of which columns at any distance load as well: hence pointers of which nothing is promised.
     """
     FRAME: tl.constexpr = 2 * HEAD_DIM + 2
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_of, turn = _turns(BLOCK_T, AT_ONCE)
+    token = tl.program_id(0) * BLOCK_T + token_of
     token_ok = token < num_tokens
     active = _is_valid(valid_ptr, token, token_ok, has_valid)
     first, end = _sequence(cu_seqlens_ptr, token, token_ok, length, num_sequences, search_steps)
@@ -284,12 +305,14 @@ def plucker_mean_bwd_token(
     mask = token_ok[None, None, :]
     u = tl.load(_at(frame_ptr, column, 0, HEAD_DIM), mask=mask, other=0.0)
     h = tl.load(_at(turn_ptr, turn_column, 0, HEAD_DIM), mask=mask, other=0.0)
-    grad = tl.load(_at(turn_ptr, turn_column, HEAD_DIM, HEAD_DIM), mask=mask, other=0.0)
-    of_u, of_h = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
-    for k in range(0, num_offsets):
+    grad = tl.load(_at(turn_ptr, turn_column, HEAD_DIM, HEAD_DIM), mask=mask & (turn == 0)[None, None, :], other=0.0)
+    of_u, of_h = tl.zeros_like(token).to(tl.float32), tl.zeros_like(token).to(tl.float32)
+    for group in range(0, num_offsets, AT_ONCE):
+        k = group + turn
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        candidates = active & (k < num_offsets)
         # The earlier token: beta u + cot (h - beta w), w of length 1; nothing where there is no plane, the factor is 0 then.
-        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, candidates & (token - first >= offset), has_valid)
         v = tl.load(_at(frame_ptr, _columns(token - offset, FRAME), 0, HEAD_DIM), mask=pairs[None, None, :], other=0.0)
         cosine, factor, rest = _pair(pairs_ptr, k, _columns(token, 3 * num_offsets), pairs)
         w = _normal(u, v, cosine, rest)
@@ -300,7 +323,7 @@ def plucker_mean_bwd_token(
         grad = tl.fma(-(cot * beta * factor)[None, None, :], w, grad)
         # The later one.
         later = token + offset
-        pairs = _is_valid(valid_ptr, later, active & (offset < end - token), has_valid)
+        pairs = _is_valid(valid_ptr, later, candidates & (offset < end - token), has_valid)
         mask = pairs[None, None, :]
         v = tl.load(_at(frame_ptr, _columns(later, FRAME), 0, HEAD_DIM), mask=mask, other=0.0)
         share = tl.load(_at(turn_ptr, _columns(later, 2 * HEAD_DIM), 0, HEAD_DIM), mask=mask, other=0.0)
@@ -308,18 +331,19 @@ def plucker_mean_bwd_token(
         w = _normal(v, u, cosine, rest)
         beta = _dot(w, share) * factor
         grad = tl.fma(-factor[None, None, :], tl.fma(-(beta * factor)[None, None, :], w, share), grad)
-    grad = tl.fma(of_u[None, None, :], u, tl.fma(of_h[None, None, :], h, grad))
-    inverse = tl.load(frame_ptr + column + (FRAME - 1) * COLUMNS, mask=token_ok, other=0.0)[None, None, :]
+    grad = _over_turns(tl.fma(of_u[None, None, :], u, tl.fma(of_h[None, None, :], h, grad)), AT_ONCE)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = token < num_tokens
+    inverse = tl.load(frame_ptr + _columns(token, FRAME) + (FRAME - 1) * COLUMNS, mask=mask, other=0.0)[None, None, :]
     grad = tl.where(inverse == 0, 0.0, grad * inverse)
     d = _coordinate(HEAD_DIM)
     to = grad_z_ptr + (token.to(tl.int64) * grad_stride)[None, None, :] + d
-    tl.store(to, grad.to(grad_z_ptr.dtype.element_ty), mask=token_ok[None, None, :] & (d < width))
+    tl.store(to, grad.to(grad_z_ptr.dtype.element_ty), mask=mask[None, None, :] & (d < width))
 
 
 # Measured for bf16 and r = 32 on an H100 (docs/grassmann.md); larger r have as many elements a thread.
-def _tile(kernel, head_dim: int) -> dict[str, int]:
-    tile = {"BLOCK_T": 1024 // head_dim, "num_warps": 1}
-    return tile | {"AT_ONCE": 1} if kernel is plucker_mean_frame else tile
+def _tile(head_dim: int) -> dict[str, int]:
+    return {"BLOCK_T": 1024 // head_dim, "AT_ONCE": 2, "num_warps": 2}
 
 
 ARCHS = ("sm80", "sm90a", "sm100f", "sm120f")
@@ -334,7 +358,7 @@ VARIANTS += [
     for arch, dtype, (kernel, tile) in itertools.product(ARCHS, DTYPES, OF_PLANES.items())
 ]
 VARIANTS += [
-    Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(kernel, head_dim))
+    Variant(kernel, arch, {"dtype": dtype, "HEAD_DIM": head_dim}, _tile(head_dim))
     for arch, dtype, head_dim, kernel in itertools.product(
         ARCHS, DTYPES, (32, 64, 128), (plucker_mean_frame, plucker_mean_bwd_token)
     )
