@@ -7,9 +7,9 @@ Mixing is `grassmann_mix`, forward + backward, next to the paper's equations in 
 it, without an index. "saved" is what the graph keeps for the backward pass, weights aside. "of roofline" is the least time that
 the bytes (each input, output and gradient once) or the products' FLOP can take at the rates of a copy and a matmul measured in
 the same run, over the time taken. "products us" are the three matrix products alone (pbar W^T, and both gradients' on a pbar in
-memory), by cuBLAS, "over products" the time taken over theirs. Layers are whole, projections included, at one number of tokens: a
-layer that is linear in the length takes the same time in each row. On the GPU, "gpu us" are calls replayed from a CUDA graph, without the host's time
-between kernels; the other times are those of eager calls, host included.
+memory), by cuBLAS, "over products" the time taken over theirs. Layers are whole, projections included, at one number of tokens:
+a layer that is linear in the length takes the same time in each row. On the GPU, "gpu us" are calls replayed from a CUDA graph,
+without the host's time between kernels; the other times are those of eager calls, host included.
 """
 
 import argparse
