@@ -6,9 +6,10 @@ Mixing is `grassmann_mix`, forward + backward, next to the paper's equations in 
 (the first shape only: compiling takes longer than all the rest), and next to what torch.compile makes of equations rewritten for
 it, without an index. "saved" is what the graph keeps for the backward pass, weights aside. "of roofline" is the least time that
 the bytes (each input, output and gradient once) or the products' FLOP can take at the rates of a copy and a matmul measured in
-the same run, over the time taken. Layers are whole, projections included, at one number of tokens: a layer that is linear in
-the length takes the same time in each row. On the GPU, "gpu us" are calls replayed from a CUDA graph, without the host's time
-between kernels; the other times are those of eager calls, host included.
+the same run, over the time taken. "products us" are the three matrix products alone (pbar W^T, and both gradients' on a pbar in
+memory), by cuBLAS, "over products" the time taken over theirs. Layers are whole, projections included, at one number of tokens:
+a layer that is linear in the length takes the same time in each row. On the GPU, "gpu us" are calls replayed from a CUDA graph,
+without the host's time between kernels; the other times are those of eager calls, host included.
 """
 
 import argparse
@@ -113,6 +114,12 @@ def rates(device: str) -> tuple[float, float]:
     return copy, 2 * n**3 / median_ms(lambda: a @ b, device)
 
 
+def three_products(pbar: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a forward and a backward pass of mixing multiply: g, the gradient of pbar and that of the weight."""
+    grad = grad.flatten(0, 1)
+    return pbar @ weight.mT, grad @ weight, grad.mT @ pbar
+
+
 def mixing(device: str, compiled: bool) -> list[dict]:
     copy, product = rates(device)
     rows = []
@@ -143,6 +150,10 @@ def mixing(device: str, compiled: bool) -> list[dict]:
             "over eager": eager / time, "saved MiB": saved_bytes(ours, inputs) / 2**20,
             "naive saved MiB": saved_bytes(naive, inputs) / 2**20,
         }  # fmt: skip
+        if device == "cuda":
+            pbar = torch.randn(batch * length, planes, device=device).to(DTYPE[device])
+            row["products us"] = 1e3 * graph_ms(partial(three_products, pbar, weight.detach(), grad))
+            row["over products"] = row["gpu us"] / row["products us"]
         if compiled and index == 0:
             for name, form in (("naive", naive_mix), ("outer", outer_mix)):
                 fast = step(torch.compile(partial(form, offsets=OFFSETS), dynamic=False, fullgraph=True), inputs, grad)

@@ -46,6 +46,9 @@ constexpr size_t kFewOffsets = 8;
 
 int64_t padded(int64_t size) { return (size + 7) / 8 * 8; }
 
+// HEAD_DIM of the token kernels.
+int64_t rows_of(const PluckerMean& p) { return p.r <= 32 ? 32 : p.r <= 64 ? 64 : kMaxRank; }
+
 int32_t as_i32(int64_t value) { return static_cast<int32_t>(value); }
 
 // One call's device, stream and key.
@@ -56,7 +59,6 @@ class Launch {
         device_(p.z.get_device_index()),
         stream_(current_cuda_stream(device_)),
         dtype_(dtype_constant(p.z)),
-        width_(as_i32(padded(p.r))),
         stride_(as_i32(padded(p.outputs()))) {
     SIMPLEX_EXPECT(p.tokens() < int64_t{1} << 29, "plucker_mean", "batch * length of z to be below 2^29 on cuda, got ",
                    p.tokens());
@@ -65,7 +67,7 @@ class Launch {
   // A kernel that pairs tokens, or the one in its place that has more programs.
   void pairs(const KernelFamily& family, const PluckerFrames& frames, std::initializer_list<Arg> own,
              const MorePrograms& more) const {
-    const Kernel& kernel = more.kernel ? *more.kernel : family.find(device_, {dtype_, head_dim()});
+    const Kernel& kernel = more.kernel ? *more.kernel : family.find(device_, {dtype_, rows_of(p_)});
     int32_t o[kFewOffsets] = {};
     if (!frames.offsets) std::copy(p_.offsets.begin(), p_.offsets.end(), o);
     std::vector<Arg> args = {{"valid_ptr", (p_.valid ? *p_.valid : p_.z).const_data_ptr()},
@@ -77,14 +79,14 @@ class Launch {
     args.insert(args.end(), own);
     args.insert(args.end(), {{"num_tokens", as_i32(p_.outputs())},
                              {"length", as_i32(p_.L)},
-                             {"width", width_},
-                             {"stride", stride_},
+                             {"width", as_i32(padded(p_.r))},
                              {"num_offsets", as_i32(p_.offsets.size())},
                              {"has_valid", as_i32(p_.valid.has_value())},
                              {"num_sequences", as_i32(p_.sequences())},
                              {"search_steps", search_steps()}});
     args.insert(args.end(), more.args.begin(), more.args.end());
-    const std::array<unsigned, 3> grid = {blocks(p_.outputs(), kernel["BLOCK_T"]) + more.count, 1, 1};
+    const unsigned programs = blocks(p_.outputs(), kBlockColumns) * static_cast<unsigned>(kBlockColumns / kernel["BLOCK_T"]);
+    const std::array<unsigned, 3> grid = {programs + more.count, 1, 1};
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
 
@@ -98,7 +100,7 @@ class Launch {
 
   void backward(const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& turn) const {
     const Kernel& kernel = kBackwardFrame.find(device_, {dtype_});
-    planes(kernel, {blocks(stride_, kernel["BLOCK_T"]), blocks(width_, kernel["BLOCK_R"]), 1}, frames,
+    planes(kernel, {blocks(stride_, kernel["BLOCK_T"]), blocks(rows_of(p_), kernel["BLOCK_R"]), 1}, frames,
            {{"grad_pbar_ptr", grad_pbar.const_data_ptr()}, {"turn_ptr", turn.const_data_ptr()}});
   }
 
@@ -127,11 +129,9 @@ class Launch {
               std::initializer_list<Arg> own) const {
     std::vector<Arg> args = {{"frame_ptr", frames.frame->const_data_ptr()}};
     args.insert(args.end(), own);
-    args.insert(args.end(), {{"r", as_i32(p_.r)}, {"width", width_}, {"stride", stride_}});
+    args.insert(args.end(), {{"r", as_i32(p_.r)}, {"rows", as_i32(rows_of(p_))}, {"stride", stride_}});
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }
-
-  int64_t head_dim() const { return width_ <= 32 ? 32 : width_ <= 64 ? 64 : kMaxRank; }
 
   // Of the bisection that finds a token's sequence.
   int32_t search_steps() const {
@@ -144,7 +144,6 @@ class Launch {
   int device_;
   void* stream_;
   int64_t dtype_;
-  int32_t width_;
   int32_t stride_;
 };
 
@@ -160,8 +159,7 @@ Tensor padded_rows(const PluckerMean& p) {
 
 void backward_cuda(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar, const Tensor& grad_z) {
   const Launch launch(p);
-  const int64_t width = padded(p.r);
-  const Tensor turn = empty_like_device(p.z, {2 * width, padded(p.tokens())}, ScalarType::Float);
+  const Tensor turn = empty_columns(p, 2 * rows_of(p));
   launch.backward(frames, grad_pbar, turn);
   plucker_mean_backward_token(p, frames, turn, grad_z);
 }
@@ -185,14 +183,18 @@ void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& fram
   if (!direct) torch::stable::copy_(to, reinterpreted(rows, {p.tokens(), p.r}, {width, 1}));
 }
 
+Tensor empty_columns(const PluckerMean& p, int64_t num_rows) {
+  const int64_t blocks = (p.outputs() + kBlockColumns - 1) / kBlockColumns;
+  return empty_like_device(p.z, {blocks * num_rows, kBlockColumns}, ScalarType::Float);
+}
+
 PluckerFrames plucker_frames(const PluckerMean& p, bool for_backward, const MorePrograms& more) {
   if (p.z.is_cpu() || p.outputs() == 0) return {p.z, {}, {}, {}, {}};
   const Launch launch(p);
   PluckerFrames frames{padded_rows(p), {}, {}, {}, {}};
   if (p.offsets.size() > kFewOffsets) frames.offsets = launch.many_offsets();
-  const int64_t stride = padded(p.outputs()), num_offsets = static_cast<int64_t>(p.offsets.size());
-  frames.frame = empty_like_device(p.z, {2 * padded(p.r) + 2, stride}, ScalarType::Float);
-  if (for_backward) frames.pairs = empty_like_device(p.z, {3 * num_offsets, stride}, ScalarType::Float);
+  frames.frame = empty_columns(p, 2 * rows_of(p) + 2);
+  if (for_backward) frames.pairs = empty_columns(p, 3 * static_cast<int64_t>(p.offsets.size()));
   frames.seen = empty_like_device(p.z, {p.outputs(), 1}, p.dtype);
   launch.pairs(kFrame, frames,
                {{"keeps_pairs", as_i32(for_backward)},

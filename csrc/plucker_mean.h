@@ -11,6 +11,7 @@ namespace simplex {
 // Below this sine of the angle between two tokens their plane is rounding noise: the pair contributes 0, but counts.
 constexpr double kSmallestSine = 1e-6;
 constexpr int64_t kMaxRank = 128;
+constexpr int64_t kBlockColumns = 64;  // tokens of a block of the matrices that the token kernels share, on CUDA
 
 struct PluckerMean {
   Tensor z;                      // packed() [B, L, r]
@@ -35,8 +36,8 @@ PluckerMean checked_plucker_mean(const char* op, const Tensor& z, const std::vec
 struct PluckerFrames {
   Tensor z;                       // [B, L, width], width: r padded with zeros to a multiple of 8
   std::optional<Tensor> offsets;  // int32, if they are too many to be arguments of a kernel
-  std::optional<Tensor> frame;    // fp32 [2 width + 2, stride], triton_kernels/plucker_mean.py says of what
-  std::optional<Tensor> pairs;    // fp32 [3 offsets, stride], for a backward pass
+  std::optional<Tensor> frame;    // fp32 [blocks, 2 rows + 2, 64], triton_kernels/plucker_mean.py says of what
+  std::optional<Tensor> pairs;    // fp32 [blocks, 3 offsets, 64], for a backward pass
   std::optional<Tensor> seen;     // as in MeanPlucker
 };
 
@@ -46,6 +47,9 @@ struct MorePrograms {
   unsigned count = 0;
   std::vector<Arg> args = {};
 };
+
+// Such a matrix.
+Tensor empty_columns(const PluckerMean& p, int64_t num_rows);
 
 PluckerFrames plucker_frames(const PluckerMean& p, bool for_backward, const MorePrograms& more = {});
 
@@ -62,7 +66,7 @@ MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& fram
 // grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
-// The second half of it on CUDA, from `turn`, fp32 [2 width, stride] (triton_kernels/plucker_mean.py says what it is).
+// The second half of it on CUDA, from `turn`, fp32 [blocks, 2 rows, 64] (triton_kernels/plucker_mean.py says what it is).
 void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
                                  const Tensor& grad_z, const MorePrograms& more = {});
 

@@ -6,7 +6,7 @@ from grassmann import draw, truth_of
 from triton_kernels import plucker_mean as kernels
 
 
-def run(problem, head_dim, block, history):
+def run(problem, head_dim, block, history, at_once):
     """pbar, seen and, without a history, dz, by the launches that csrc/plucker_mean.cpp makes."""
     valid, starts, r = problem.valid, problem.cu_seqlens, problem.inputs["z"].shape[-1]
     z = torch.nn.functional.pad(problem.inputs["z"], (0, -r % 8))
@@ -27,26 +27,28 @@ def run(problem, head_dim, block, history):
         return torch.full(shape, float("nan"), dtype=dtype)
 
     stride = -(-outputs // 8) * 8
-    frame, seen = nan(2 * width + 2, stride), nan(batch, length - history, dtype=z.dtype)
-    angles = nan(3 * len(kept), stride)
+    blocks = -(-outputs // 64)
+    frame, seen = nan(blocks, 2 * head_dim + 2, 64), nan(batch, length - history, dtype=z.dtype)
+    angles = nan(blocks, 3 * len(kept), 64)
     pairs = few | dict(
         valid_ptr=z if valid is None else valid.to(torch.int8), cu_seqlens_ptr=z if starts is None else starts,
-        offsets_ptr=offsets, frame_ptr=frame, pairs_ptr=angles, num_tokens=outputs, length=length, width=width, stride=stride,
+        offsets_ptr=offsets, frame_ptr=frame, pairs_ptr=angles, num_tokens=outputs, length=length, width=width,
         num_offsets=len(kept), has_valid=int(valid is not None), num_sequences=sequences,
-        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block,
+        search_steps=max(0, sequences - 1).bit_length(), HEAD_DIM=head_dim, BLOCK_T=block, AT_ONCE=at_once,
     )  # fmt: skip
-    planes = dict(frame_ptr=frame, r=r, width=width, stride=stride, BLOCK_T=8, BLOCK_R=16)
-    kernels.plucker_mean_frame[(-(-outputs // block),)](
+    planes = dict(frame_ptr=frame, r=r, rows=head_dim, stride=stride, BLOCK_T=8, BLOCK_R=16)
+    kernels.plucker_mean_frame[(blocks * 64 // block,)](
         keeps_pairs=int(history == 0), z_ptr=z, seen_ptr=seen, history=history, **pairs
     )
+    assert (frame.transpose(1, 2).flatten(0, 1)[outputs:] == 0).all()  # wgmma multiplies what is there by 0
     by_planes = nan(r * (r - 1) // 2, stride, dtype=z.dtype)
     kernels.plucker_mean_fwd[(stride // 8, -(-r // 16), 3)](pbar_ptr=by_planes, **planes)
     pbar = by_planes[:, :outputs].T.clone().view(batch, length - history, -1)
     if history > 0:
         return pbar, seen, None
-    turn, grad_z = nan(2 * width, stride), nan(*z.shape, dtype=z.dtype)
+    turn, grad_z = nan(blocks, 2 * head_dim, 64), nan(*z.shape, dtype=z.dtype)
     by_planes[:, :outputs] = problem.grad.flatten(0, 1).T
-    kernels.plucker_mean_bwd_frame[(stride // 8, -(-width // 16))](
+    kernels.plucker_mean_bwd_frame[(stride // 8, -(-head_dim // 16))](
         grad_pbar_ptr=by_planes, turn_ptr=turn, UNROLL=2, **planes
     )
     kernels.plucker_mean_bwd_token[(-(-outputs // block),)](
@@ -55,10 +57,10 @@ def run(problem, head_dim, block, history):
     return pbar, seen, grad_z[..., :r]
 
 
-def run_case(block, head_dim=16, dtype="float32", history=0, **case):
+def run_case(block, head_dim=16, dtype="float32", history=0, at_once=1, **case):
     """{output: relative error}."""
     problem = draw(mix=False, dtype=getattr(torch, dtype), **case)
-    pbar, seen, grad_z = run(problem, head_dim, block, history)
+    pbar, seen, grad_z = run(problem, head_dim, block, history, at_once)
     rows = problem.inputs["z"].shape[:2]
     position = torch.arange(rows[1])
     if problem.cu_seqlens is not None:

@@ -7,11 +7,9 @@ the operand and in the sums of wgmma alike: it needs the frames' coordinates j a
 of i from shared memory, four threads the same. Of the 16 columns j = i that are left one has the bias as its weight, and as
 its pbar 1 where the token is paired and 0 elsewhere; the others have 0.
 
-These kernels start while the one before still runs (launch_pdl), and may touch no memory before gdc_wait; grassmann_mix_bwd_frame
+These kernels start while the one before still runs (launch_pdl), and may touch no memory before gdc_wait; grassmann_mix_frame.py
 says why it may.
 """
-
-import itertools
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +27,7 @@ from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
 TILES = gl.constexpr(8)
+FRAME = gl.constexpr(66)  # rows of 64 tokens: u, Y, N and 1 / |z|
 # 64 rows of tokens, i and j of 64 columns, as an operand and as an accumulator of wgmma have them.
 PLANES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -37,16 +36,6 @@ PLANES = gl.constexpr(
         [[16, 0, 0], [32, 0, 0]],
         [],
         [64, 8, 8],
-    )
-)
-# The same without the two j that a thread has of each four threads' eight.
-PARTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[8, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]],
-        [],
-        [64, 8, 4],
     )
 )
 OF_I = gl.constexpr(gl.SliceLayout(2, PLANES.value))
@@ -150,12 +139,13 @@ def _boxes(memory):
 
 
 @gluon.jit
-def _load_frames(frame_desc, first_token, full, boxes, PER_WARPGROUP: gl.constexpr):
-    """u and Y by blocks and the two rows after them, of 64 tokens for each of two warpgroups."""
+def _load_frames(frame_desc, full, boxes, PER_WARPGROUP: gl.constexpr):
+    """u and Y by blocks and what comes after them, of 64 tokens for each of two warpgroups."""
     mbarrier.expect(full, 2 * 9 * 8 * ROWS * 4)
     for i in gl.static_range(2):
         for block in gl.static_range(9):
-            tma.async_load(frame_desc, [8 * block, first_token + i * ROWS], full, boxes.index(i * PER_WARPGROUP + block))
+            row = (gl.program_id(0) * 2 + i) * FRAME + 8 * block
+            tma.async_load(frame_desc, [row, 0], full, boxes.index(i * PER_WARPGROUP + block))
 
 
 @gluon.jit
@@ -198,7 +188,7 @@ def grassmann_mix_fwd(
     # In `memory` a warpgroup's frame, then its g.
     weights, memory, frame_full = _new_block(dtype, STAGES, BLOCK_N, 1)
     gdc_wait()
-    _load_frames(frame_desc, first_token, frame_full.index(0), _boxes(memory), BLOCK_N // 16)
+    _load_frames(frame_desc, frame_full.index(0), _boxes(memory), BLOCK_N // 16)
     gl.warp_specialize(
         [
             (_mix, (weights, memory, frame_full, 0, g_desc, first_token, first_row, bias_everywhere, BLOCK_N, STAGES)),
@@ -210,160 +200,7 @@ def grassmann_mix_fwd(
     )  # fmt: skip
 
 
-@gluon.jit
-def _over_i(sums, grad, x):
-    """sums_j + sum_i grad_ij x_i, [64, 8]: a thread has all i of its j. One after another, in fused multiply-adds."""
-    I: gl.constexpr = grad.shape[1]
-    if I == 1:
-        grad = gl.convert_layout(grad.reshape([ROWS, 8]), OF_J, assert_trivial=True)
-        return gl.fma(grad, gl.convert_layout(x.reshape([ROWS, 8]), OF_J, assert_trivial=True), sums)
-    else:
-        first, second = gl.split(grad.reshape([ROWS, 2, I // 2, 8]).permute((0, 2, 3, 1)))
-        x_first, x_second = gl.split(x.reshape([ROWS, 2, I // 2, 8]).permute((0, 2, 3, 1)))
-        return _over_i(_over_i(sums, first, x_first), second, x_second)
-
-
-@gluon.jit
-def _halves(x):
-    first, second = gl.split(x.reshape([ROWS, 8, 4, 2]))
-    return gl.convert_layout(first, PARTS, assert_trivial=True), gl.convert_layout(second, PARTS, assert_trivial=True)
-
-
-@gluon.jit
-def _over_j(sums, grad, x):
-    """sums_i + sum_j grad_ij x_j, of the two j that a thread has: [64, 8, 4]."""
-    first, second = _halves(grad)
-    x_first, x_second = _halves(gl.broadcast(x, grad)[0])
-    return gl.fma(second, x_second, gl.fma(first, x_first, sums))
-
-
-@gluon.jit
-def _as_of_j(sums):
-    """What four threads have of the sums over j, each for all i: added up, each for two i, as coordinates are by j."""
-    turned: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [8, 0, 0]],
-        [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]],
-        [],
-        [64, 8, 4],
-    )
-    return gl.convert_layout(gl.sum(gl.convert_layout(sums, turned), 2), OF_J, assert_trivial=True)
-
-
-@gluon.jit
-def _add(sums, block, x):
-    """x, [64, 8] by j, to the sums of a block: a thread adds to what is its own."""
-    rows = sums.index(block).permute((1, 0))
-    rows.store(rows.load(OF_J) + x)
-
-
-@gluon.jit
-def _add_pair(sums, frame, grad, part_h, part_k, a, b):
-    """What planes of blocks a, by i, and b, by j, add to Om u and Om Y: of b, and of a in part."""
-    u_j, y_j = _coordinates(frame, b, OF_J)
-    part_h = _over_j(part_h, grad, u_j)
-    part_k = _over_j(part_k, grad, y_j)
-    u_i, y_i = _coordinates(frame, a, OF_I)
-    none = gl.full([ROWS, 8], 0.0, gl.float32, OF_J)
-    minus = -grad
-    _add(sums, b, _over_i(none, minus, gl.broadcast(u_i, grad)[0]))
-    _add(sums, 4 + b, _over_i(none, minus, gl.broadcast(y_i, grad)[0]))
-    return part_h, part_k
-
-
-@gluon.jit
-def _grad_pbar(weights, grad_g, stage, phase):
-    """The gradient of pbar, of the columns of the next tile."""
-    mma: gl.constexpr = grad_g.type.layout.parent
-    zero = gl.full([ROWS, 64], 0.0, gl.float32, mma)
-    mbarrier.wait(weights.full.index(stage), phase)
-    grad = warpgroup_mma(grad_g, weights.tiles.index(stage), zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma_wait(0, deps=(grad,))
-    mbarrier.arrive(weights.empty.index(stage))
-    stage, phase = weights.advance(stage, phase)
-    return gl.convert_layout(grad.reshape([ROWS, 8, 8]), PLANES, assert_trivial=True), stage, phase
-
-
-@gluon.jit
-def _turn(weights, memory, frames, full, warpgroup, turn_desc, first_token, BLOCK_N: gl.constexpr):
-    """A warpgroup: 64 tokens."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    frame = frames.slice(warpgroup * 9, 9)
-    mbarrier.wait(full.index(0), 0)
-    mbarrier.wait(full.index(1), 0)
-    grad_g = memory.index(warpgroup).load(gl.DotOperandLayout(0, mma, 2))
-    # The sums of h, then of k, where the gradient of g was.
-    sums = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 8)
-    gl.barrier()  # all warps have loaded it
-    for i in range(8):
-        sums.index(i).permute((1, 0)).store(gl.full([ROWS, 8], 0.0, gl.float32, OF_J))
-    none = gl.full([ROWS, 8, 4], 0.0, gl.float32, PARTS)
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(0)
-    for a in range(3):
-        part_h = none
-        part_k = none
-        for b in range(a + 1, 4):
-            grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
-            part_h, part_k = _add_pair(sums, frame, grad, part_h, part_k, a, b)
-        _add(sums, a, _as_of_j(part_h))
-        _add(sums, 4 + a, _as_of_j(part_k))
-    i = gl.arange(0, 8, gl.SliceLayout(0, OF_I))[None, :, None]
-    j = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, None, :]
-    for a in range(0, 4, 2):
-        grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
-        for b in range(2):
-            own = gl.where(b == 0, gl.where(j > i, grad, 0.0), gl.where(j < i, -grad, 0.0))
-            part_h, part_k = _add_pair(sums, frame, own, none, none, a + b, a + b)
-            _add(sums, a + b, _as_of_j(part_h))
-            _add(sums, 4 + a + b, _as_of_j(part_k))
-    row = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, :]
-    count = gl.sum(gl.where(row == 0, frame.index(8).permute((1, 0)).load(OF_J), 0.0), 1)[:, None]
-    for block in range(8):
-        x = sums.index(block).permute((1, 0))
-        scaled = x.load(OF_J) * gl.where(block < 4, 1.0 / gl.maximum(count, 1.0), 1.0)
-        x.store(gl.where(count > 0, scaled, 0.0))
-    fence_async_shared()
-    gl.barrier()
-    for block in range(8):
-        tma.async_store(turn_desc, [8 * block, first_token + warpgroup * ROWS], sums.index(block))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def grassmann_mix_bwd_frame(
-    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
-    grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", turn_desc: "tensordesc<fp32[8,64]>",
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """h / N and k of 128 tokens (plucker_mean_bwd_frame), from the gradient of g, which has BLOCK_N columns at most.
-
-    Runs beside grassmann_mix_bwd_weight, of which it needs nothing: that one lets it start when the frames are there, and this
-    one waits for it at its end, so that what follows may rely on both.
-    """
-    dtype: gl.constexpr = weight_desc.dtype
-    first_token = gl.program_id(0) * 2 * ROWS
-    weights, memory, full = _new_block(dtype, STAGES, BLOCK_N, 2)
-    frames = gl.allocate_shared_memory(gl.float32, [18, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
-    mbarrier.expect(full.index(0), 2 * ROWS * BLOCK_N * 2)
-    for i in gl.static_range(2):
-        tma.async_load(grad_g_desc, [first_token + i * ROWS, 0], full.index(0), memory.index(i))
-    _load_frames(frame_desc, first_token, full.index(1), frames, 9)
-    gl.warp_specialize(
-        [
-            (_turn, (weights, memory, frames, full, 0, turn_desc, first_token, BLOCK_N)),
-            (_turn, (weights, memory, frames, full, 1, turn_desc, first_token, BLOCK_N)),
-            (_load_weights, (weights, weight_desc, 0)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-    gdc_wait()
-
-
 VARIANTS = [
-    Variant(kernel, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": stages, "num_warps": 4, "launch_pdl": True})
-    for dtype, (kernel, stages) in itertools.product(
-        ("bf16", "fp16"), {grassmann_mix_fwd: 5, grassmann_mix_bwd_frame: 3}.items()
-    )
+    Variant(grassmann_mix_fwd, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": 5, "num_warps": 4, "launch_pdl": True})
+    for dtype in ("bf16", "fp16")
 ]

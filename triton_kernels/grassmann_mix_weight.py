@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from triton_kernels.grassmann_mix import _wedge
-from triton_kernels.plucker_mean import plucker_mean_bwd_token, plucker_mean_frame
+from triton_kernels.grassmann_mix import FRAME, _wedge
+from triton_kernels.plucker_mean import COLUMNS, plucker_mean_bwd_token, plucker_mean_frame
 from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
@@ -41,21 +41,21 @@ BIAS = tl.constexpr(384)  # the column of the bias
 def grassmann_mix_start(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
-    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32:8", num_offsets: "i32",
+    frame_ptr: "*fp32", pairs_ptr: "*fp32", keeps_pairs: "i32", z_ptr: "*dtype:16", seen_ptr: "*dtype:16", history: "i32",
+    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
     weight_ptr: "*dtype:16", bias_ptr: "*dtype:16", has_bias: "i32", columns_ptr: "*dtype:16", r: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
     gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
     gdc_wait()
-    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
             valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, keeps_pairs, z_ptr,
-            seen_ptr, history, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM,
-            BLOCK_T,
+            seen_ptr, history, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM,
+            BLOCK_T, AT_ONCE,
         )  # fmt: skip
     else:
         row = (tl.program_id(0) - num_blocks).to(tl.int64)
@@ -85,7 +85,7 @@ class Tokens:
     """The gradient of g and the frames of 64 tokens at a time."""
 
     grad_g: gl.shared_memory_descriptor  # [stages, 64, BLOCK_N]
-    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and the two rows after them
+    frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and what comes after them
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
@@ -111,11 +111,12 @@ def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
         full = tokens.full.index(stage)
         mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2))
         tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
-        tma.async_load(frame_desc, [64, token], full, tokens.frame.index(stage * 9 + 8))
+        row = token // ROWS * FRAME
+        tma.async_load(frame_desc, [row + 64, 0], full, tokens.frame.index(stage * 9 + 8))
         for i in gl.static_range(3):
             block = i + (i >= not_needed).to(gl.int32)
-            tma.async_load(frame_desc, [block * 8, token], full, tokens.frame.index(stage * 9 + block))
-            tma.async_load(frame_desc, [32 + block * 8, token], full, tokens.frame.index(stage * 9 + 4 + block))
+            tma.async_load(frame_desc, [row + block * 8, 0], full, tokens.frame.index(stage * 9 + block))
+            tma.async_load(frame_desc, [row + 32 + block * 8, 0], full, tokens.frame.index(stage * 9 + 4 + block))
         stage, phase = tokens.advance(stage, phase)
 
 
@@ -219,51 +220,72 @@ def grassmann_mix_bwd_weight(
     )  # fmt: skip
 
 
+@gluon.jit
+def _load_part(tiles, full, stage, part_desc, part, chunk, num_chunks, pred):
+    mbarrier.expect(full.index(stage), 8 * 128 * 4, pred=pred)
+    tma.async_load(part_desc, [(part * num_chunks + chunk) * 8, 0], full.index(stage), tiles.index(stage), pred=pred)
+
+
+@gluon.jit
+def _sum_parts(tiles, full, part_desc, grad_weight_ptr, grad_bias_ptr, num_parts, d, r):
+    """Helpers of grassmann_mix_bwd_frame: the gradients of the weight and of the bias, from partial sums [num_parts, d / 8, 512, 8].
+    A program has chunks of 128 columns and 8 rows, which lie side by side."""
+    gdc_wait()
+    STAGES: gl.constexpr = tiles.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+    line = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
+    place = gl.arange(0, 128, gl.SliceLayout(0, layout))[None, :]
+    num_chunks = d // 2
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    for chunk in range(gl.program_id(0), num_chunks, gl.num_programs(0)):
+        ahead = stage
+        for part in range(STAGES):
+            _load_part(tiles, full, ahead, part_desc, part, chunk, num_chunks, part < num_parts)
+            ahead = gl.where(ahead == STAGES - 1, 0, ahead + 1)
+        sums = gl.full([8, 128], 0.0, gl.float32, layout)
+        for part in range(num_parts):
+            mbarrier.wait(full.index(stage), phase)
+            sums += tiles.index(stage).load(layout)
+            gl.barrier()  # both warps have it
+            _load_part(tiles, full, stage, part_desc, part + STAGES, chunk, num_chunks, part + STAGES < num_parts)
+            last = stage == STAGES - 1
+            stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+        column = chunk % 4 * 128 + line * 16 + place // 8
+        row = chunk // 4 * 8 + place % 8
+        plane, ok = _plane_of(column, r)
+        sums = sums.to(grad_weight_ptr.dtype.element_ty)
+        gl.store(grad_weight_ptr + row * (r * (r - 1) // 2) + plane, sums, mask=ok)
+        gl.store(grad_bias_ptr + row + 0 * column, sums, mask=column == BIAS)
+
+
 @triton.jit
 def grassmann_mix_finish(
     valid_ptr: "*i8:16", cu_seqlens_ptr: "*i32:16", offsets_ptr: "*i32:16",
     o0: "i32", o1: "i32", o2: "i32", o3: "i32", o4: "i32", o5: "i32", o6: "i32", o7: "i32",
-    frame_ptr: "*fp32:16", pairs_ptr: "*fp32:16", turn_ptr: "*fp32:16", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
-    num_tokens: "i32", length: "i32", width: "i32:8", stride: "i32", num_offsets: "i32",
+    frame_ptr: "*fp32", pairs_ptr: "*fp32", turn_ptr: "*fp32", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
+    num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
-    part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """plucker_mean_bwd_token, which computes, and by further programs the gradients of the weight and of the bias, from partial
-    sums [num_parts, d / 8, 512, 8], which takes memory's time."""
+    """plucker_mean_bwd_token."""
     gdc_wait()
-    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    if tl.program_id(0) < num_blocks:
-        plucker_mean_bwd_token(
-            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
-            grad_stride, num_tokens, length, width, stride, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
-        )  # fmt: skip
-    else:
-        block = tl.program_id(0) - num_blocks
-        column = block % (512 // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-        row = block // (512 // BLOCK_C) * 8 + tl.arange(0, 8)
-        part = tl.arange(0, AT_ONCE)
-        at = part_ptr + (part * 512 * d)[:, None, None] + (column * 8)[None, :, None] + (row // 8 * (512 * 8) + row % 8)[None, None, :]
-        sums = tl.zeros((BLOCK_C, 8), tl.float32)
-        for first in range(0, num_parts, AT_ONCE):
-            sums += tl.sum(tl.load(at, mask=(first + part < num_parts)[:, None, None], other=0.0), 0)
-            at += AT_ONCE * 512 * d
-        plane, ok = _plane_of(column, r)
-        to = grad_weight_ptr + row.to(tl.int64)[None, :] * (r * (r - 1) // 2) + plane[:, None]
-        sums = sums.to(grad_weight_ptr.dtype.element_ty)
-        tl.store(to, sums, mask=ok[:, None])
-        tl.store(grad_bias_ptr + row[None, :] + 0 * column[:, None], sums, mask=(column == BIAS)[:, None])
+    plucker_mean_bwd_token(
+        valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
+        grad_stride, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
+        AT_ONCE,
+    )  # fmt: skip
 
 
 VARIANTS = [
     Variant(kernel, "sm90a", {"dtype": dtype}, tile)
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
-        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "num_warps": 4, "launch_pdl": True}),
+        (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "num_warps": 2, "launch_pdl": True}),
         (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True}),
         (
             grassmann_mix_finish,
-            {"HEAD_DIM": 32, "BLOCK_T": 16, "BLOCK_C": 16, "AT_ONCE": 8, "num_warps": 1, "launch_pdl": True},
+            {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "num_warps": 2, "launch_pdl": True},
         ),
     )
 ]
