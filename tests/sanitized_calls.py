@@ -45,6 +45,15 @@ def simplicial(dtype, dims):
         outputs = simplex_ops.two_simplicial_attention(q, *keys, w1, w2, return_lse=True)
         differentiate(outputs, [q, *keys])
         yield dim, n_q, n_k, heads, kv_heads, w1, w2
+    for dim, heads, bounds in itertools.product(
+        dims or [64, 128], (1, 8, 64), ([0, 30, 30, 31, 130], [50, 9, -3, 2**30], [-9, 140])
+    ):
+        q = torch.randn(1, 130, heads, dim, device="cuda", dtype=dtype, requires_grad=True)  # wrong bounds, too
+        keys = [torch.randn(1, 130, 1, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(4)]
+        starts = torch.tensor(bounds, device="cuda", dtype=torch.int32)
+        outputs = simplex_ops.two_simplicial_attention(q, *keys, 70, 20, cu_seqlens=starts, return_lse=True)
+        differentiate(outputs, [q, *keys])
+        yield dim, heads, bounds
 
 
 def grassmann(dtype, dims):
