@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
 
 from triton_kernels.grassmann_mix import FRAME, OF_I, OF_J, PLANES, TILES, _boxes, _coordinates
 from triton_kernels.grassmann_mix_weight import Tokens, _load_tokens, _sum_tile
@@ -247,7 +246,6 @@ def grassmann_mix_bwd(
         mbarrier.init(ring.full.index(i), count=1)
         mbarrier.init(ring.empty.index(i), count=2)
     fence_async_shared()
-    gdc_wait()
     gl.warp_specialize(
         [
             (_backward, (ring, 0, part_ptr, turn_desc, num_tiles, num_blocks, d, bias_everywhere)),

@@ -48,8 +48,8 @@ def grassmann_mix_start(
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
-    gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
     gdc_wait()
+    gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
     num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
@@ -97,15 +97,26 @@ class Tokens:
 
 
 @gluon.jit
+def _load_grad_g(tokens, grad_g_desc, first_tile, n, pred):
+    stage, _phase = tokens.stage(n)
+    full = tokens.full.index(stage)
+    mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2), pred=pred)
+    tma.async_load(grad_g_desc, [(first_tile + n) * ROWS, 0], full, tokens.grad_g.index(stage), pred=pred)
+
+
+@gluon.jit
 def _load_tokens(tokens, frame_desc, grad_g_desc, first_tile, num_tiles):
     group = gl.program_id(0) % 4
     not_needed = gl.where(group == 3, 0, gl.where(group == 2, 2, 3))  # the fourth block
+    STAGES: gl.constexpr = tokens.full.shape[0]
+    for n in range(gl.minimum(num_tiles, STAGES)):
+        _load_grad_g(tokens, grad_g_desc, first_tile, n, True)
+    gdc_wait()
     for n in range(num_tiles):
         stage, phase = tokens.stage(n)
-        mbarrier.wait(tokens.empty.index(stage), phase ^ 1)
         full = tokens.full.index(stage)
-        mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2))
-        tma.async_load(grad_g_desc, [(first_tile + n) * ROWS, 0], full, tokens.grad_g.index(stage))
+        mbarrier.wait(tokens.empty.index(stage), phase ^ 1)
+        _load_grad_g(tokens, grad_g_desc, first_tile, n, n >= STAGES)
         row = (first_tile + n) * FRAME
         tma.async_load(frame_desc, [row + 64, 0], full, tokens.frame.index(stage * 9 + 8))
         for i in gl.static_range(3):
@@ -230,7 +241,7 @@ VARIANTS = [
         (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "num_warps": 2, "launch_pdl": True}),
         (
             grassmann_mix_finish,
-            {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "BLOCK_C": 32, "PARTS_AT_ONCE": 8, "num_warps": 2, "launch_pdl": True},
+            {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "BLOCK_C": 32, "PARTS_AT_ONCE": 16, "num_warps": 2, "launch_pdl": True},
         ),
     )
 ]
