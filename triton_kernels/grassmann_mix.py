@@ -134,7 +134,7 @@ def _planes(frame, tile: gl.constexpr, bias_everywhere):
 @gluon.jit
 def _boxes(memory):
     """The same memory, by 8 coordinates of 64 tokens."""
-    BOXES: gl.constexpr = memory.shape[0] * memory.shape[2] // 16
+    BOXES: gl.constexpr = memory.shape[2] // 8
     return memory.reinterpret(gl.float32, [BOXES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
 
 

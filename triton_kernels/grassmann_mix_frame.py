@@ -1,7 +1,4 @@
-"""The backward pass of grassmann_mix.py, one kernel: a part of the gradient of the weight, then the gradient of the frames.
-
-That of pbar never leaves the registers that wgmma sums it up in. What the second half reads is under way while the first one ends.
-"""
+"""The backward pass of grassmann_mix.py to the frames: the gradient of pbar never leaves the registers that wgmma sums it up in."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -12,9 +9,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
-from triton_kernels.grassmann_mix import FRAME, OF_I, OF_J, PLANES, TILES, _boxes, _coordinates
-from triton_kernels.grassmann_mix_weight import Tokens, _load_tokens, _sum_tile
+from triton_kernels.grassmann_mix import (
+    OF_I,
+    OF_J,
+    PLANES,
+    _boxes,
+    _coordinates,
+    _load_frames,
+    _load_weights,
+    _new_block,
+)
+from triton_kernels.grassmann_mix_weight import _sum_parts
 from triton_kernels.scaled_tiles import ROWS
 from triton_kernels.variant import Variant
 
@@ -78,186 +85,123 @@ def _add(sums, block, x):
 
 
 @gluon.jit
-def _add_pair(sums, sum_h, frame, u, grad, part_h, part_k, a, b):
-    """What planes of blocks a, by i, and b, by j, add to Om u and Om Y: of b, and of a in part. `sum_h` and `u` are the first boxes
-    of h and of u."""
-    u_j, y_j = _coordinates(frame, u + b, OF_J)
+def _add_pair(sums, frame, grad, part_h, part_k, a, b):
+    """What planes of blocks a, by i, and b, by j, add to Om u and Om Y: of b, and of a in part."""
+    u_j, y_j = _coordinates(frame, b, OF_J)
     part_h = _over_j(part_h, grad, u_j)
     part_k = _over_j(part_k, grad, y_j)
-    u_i, y_i = _coordinates(frame, u + a, OF_I)
+    u_i, y_i = _coordinates(frame, a, OF_I)
     none = gl.full([ROWS, 8], 0.0, gl.float32, OF_J)
     minus = -grad
-    _add(sums, sum_h + b, _over_i(none, minus, gl.broadcast(u_i, grad)[0]))
-    _add(sums, sum_h + 4 + b, _over_i(none, minus, gl.broadcast(y_i, grad)[0]))
+    _add(sums, b, _over_i(none, minus, gl.broadcast(u_i, grad)[0]))
+    _add(sums, 4 + b, _over_i(none, minus, gl.broadcast(y_i, grad)[0]))
     return part_h, part_k
 
 
-# The second half has the ring's stages out of order, so their phases are the bits of a number.
 @gluon.jit
-def _phases(ring, n):
-    """Those that are waited for next, of each stage, after n in order."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    stage, phase = ring.stage(n)
-    return gl.where(phase == 0, 0, (1 << STAGES) - 1) ^ ((1 << stage) - 1)
-
-
-@gluon.jit
-def _await(barriers, stage, phases):
-    mbarrier.wait(barriers.index(stage), (phases >> stage) & 1)
-    return phases ^ (1 << stage)
-
-
-@gluon.jit
-def _following(ring, stage, count: gl.constexpr):
-    STAGES: gl.constexpr = ring.full.shape[0]
-    return (stage + count) % STAGES
-
-
-@gluon.jit
-def _weights(ring):
-    """The memory of the gradient of g, as tiles of 64 columns of the weight."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    BLOCK_N: gl.constexpr = ring.grad_g.shape[2]
-    dtype: gl.constexpr = ring.grad_g.dtype
-    return ring.grad_g.reinterpret(dtype, [STAGES, BLOCK_N, ROWS], gl.NVMMASharedLayout.get_default_for([BLOCK_N, ROWS], dtype))
-
-
-@gluon.jit
-def _load(ring, frame_desc, grad_g_desc, weight_desc, first_tile, num_tiles, num_blocks):
-    """The helper."""
-    BLOCK_N: gl.constexpr = ring.grad_g.shape[2]
-    _load_tokens(ring, frame_desc, grad_g_desc, first_tile, num_tiles)
-    stage, _phase = ring.stage(num_tiles)
-    STAGES: gl.constexpr = ring.full.shape[0]
-    phases = _phases(ring, num_tiles) ^ ((1 << STAGES) - 1)
-    weights = _weights(ring)
-    for block in range(gl.program_id(0), num_blocks, gl.num_programs(0)):
-        for i in gl.static_range(2):
-            at = _following(ring, stage, i)
-            phases = _await(ring.empty, at, phases)
-            full = ring.full.index(at)
-            mbarrier.expect(full, ROWS * (9 * 8 * 4 + BLOCK_N * 2))
-            tma.async_load(grad_g_desc, [(block * 2 + i) * ROWS, 0], full, ring.grad_g.index(at))
-            for box in gl.static_range(9):
-                tma.async_load(frame_desc, [(block * 2 + i) * FRAME + 8 * box, 0], full, ring.frame.index(at * 9 + box))
-        for tile in range(TILES):
-            at = (stage + 2 + tile % 2) % 4
-            phases = _await(ring.empty, at, phases)
-            mbarrier.expect(ring.full.index(at), ROWS * BLOCK_N * 2)
-            tma.async_load(weight_desc, [0, tile * ROWS], ring.full.index(at), weights.index(at))
-
-
-@gluon.jit
-def _grad_pbar(ring, weights, grad_g, stage, tile, phases):
+def _grad_pbar(weights, grad_g, stage, phase):
     """The gradient of pbar, of the columns of the next tile."""
     mma: gl.constexpr = grad_g.type.layout.parent
     zero = gl.full([ROWS, 64], 0.0, gl.float32, mma)
-    at = (stage + 2 + tile % 2) % 4
-    phases = _await(ring.full, at, phases)
-    grad = warpgroup_mma(grad_g, weights.index(at), zero, use_acc=False, is_async=True)
+    mbarrier.wait(weights.full.index(stage), phase)
+    grad = warpgroup_mma(grad_g, weights.tiles.index(stage), zero, use_acc=False, is_async=True)
     grad = warpgroup_mma_wait(0, deps=(grad,))
-    mbarrier.arrive(ring.empty.index(at))
-    return gl.convert_layout(grad.reshape([ROWS, 8, 8]), PLANES, assert_trivial=True), tile + 1, phases
+    mbarrier.arrive(weights.empty.index(stage))
+    stage, phase = weights.advance(stage, phase)
+    return gl.convert_layout(grad.reshape([ROWS, 8, 8]), PLANES, assert_trivial=True), stage, phase
 
 
 @gluon.jit
-def _turn(ring, warpgroup: gl.constexpr, turn_desc, block, stage, phases):
-    """A warpgroup: h / N and k of 64 tokens (plucker_mean_bwd_frame), from the gradient of g."""
+def _turn(weights, memory, frames, full, warpgroup, turn_desc, first_token, BLOCK_N: gl.constexpr):
+    """A warpgroup: 64 tokens."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    BLOCK_N: gl.constexpr = ring.grad_g.shape[2]
-    weights = _weights(ring)
-    mine = _following(ring, stage, warpgroup)
-    other = _following(ring, stage, 1 - warpgroup)
-    phases = _await(ring.full, other, phases)
-    mbarrier.arrive(ring.empty.index(other))
-    phases = _await(ring.full, mine, phases)
-    grad_g = ring.grad_g.index(mine).load(gl.DotOperandLayout(0, mma, 2))
-    frame = ring.frame
-    u = mine * 9
+    frame = frames.slice(warpgroup * 9, 9)
+    mbarrier.wait(full.index(0), 0)
+    mbarrier.wait(full.index(1), 0)
+    grad_g = memory.index(warpgroup).load(gl.DotOperandLayout(0, mma, 2))
     # The sums of h, then of k, where the gradient of g was.
-    sums = _boxes(ring.grad_g)
-    sum_h = mine * (BLOCK_N * ROWS // (2 * 8 * ROWS))
+    sums = _boxes(memory).slice(warpgroup * BLOCK_N // 16, 8)
     gl.barrier()  # all warps have loaded it
     for i in range(8):
-        sums.index(sum_h + i).permute((1, 0)).store(gl.full([ROWS, 8], 0.0, gl.float32, OF_J))
+        sums.index(i).permute((1, 0)).store(gl.full([ROWS, 8], 0.0, gl.float32, OF_J))
     none = gl.full([ROWS, 8, 4], 0.0, gl.float32, PARTS)
-    tile = gl.to_tensor(0)
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
     for a in range(3):
         part_h = none
         part_k = none
         for b in range(a + 1, 4):
-            grad, tile, phases = _grad_pbar(ring, weights, grad_g, stage, tile, phases)
-            part_h, part_k = _add_pair(sums, sum_h, frame, u, grad, part_h, part_k, a, b)
-        _add(sums, sum_h + a, _as_of_j(part_h))
-        _add(sums, sum_h + 4 + a, _as_of_j(part_k))
+            grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
+            part_h, part_k = _add_pair(sums, frame, grad, part_h, part_k, a, b)
+        _add(sums, a, _as_of_j(part_h))
+        _add(sums, 4 + a, _as_of_j(part_k))
     i = gl.arange(0, 8, gl.SliceLayout(0, OF_I))[None, :, None]
     j = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, None, :]
     for a in range(0, 4, 2):
-        grad, tile, phases = _grad_pbar(ring, weights, grad_g, stage, tile, phases)
+        grad, stage, phase = _grad_pbar(weights, grad_g, stage, phase)
         for b in range(2):
             own = gl.where(b == 0, gl.where(j > i, grad, 0.0), gl.where(j < i, -grad, 0.0))
-            part_h, part_k = _add_pair(sums, sum_h, frame, u, own, none, none, a + b, a + b)
-            _add(sums, sum_h + a + b, _as_of_j(part_h))
-            _add(sums, sum_h + 4 + a + b, _as_of_j(part_k))
+            part_h, part_k = _add_pair(sums, frame, own, none, none, a + b, a + b)
+            _add(sums, a + b, _as_of_j(part_h))
+            _add(sums, 4 + a + b, _as_of_j(part_k))
     row = gl.arange(0, 8, gl.SliceLayout(0, OF_J))[None, :]
-    count = gl.sum(gl.where(row == 0, frame.index(u + 8).permute((1, 0)).load(OF_J), 0.0), 1)[:, None]
-    for i in range(8):
-        x = sums.index(sum_h + i).permute((1, 0))
-        scaled = x.load(OF_J) * gl.where(i < 4, 1.0 / gl.maximum(count, 1.0), 1.0)
+    count = gl.sum(gl.where(row == 0, frame.index(8).permute((1, 0)).load(OF_J), 0.0), 1)[:, None]
+    for block in range(8):
+        x = sums.index(block).permute((1, 0))
+        scaled = x.load(OF_J) * gl.where(block < 4, 1.0 / gl.maximum(count, 1.0), 1.0)
         x.store(gl.where(count > 0, scaled, 0.0))
     fence_async_shared()
     gl.barrier()
-    for i in range(8):
-        tma.async_store(turn_desc, [(block * 2 + warpgroup) * ROWS + 8 * i, 0], sums.index(sum_h + i))
+    for block in range(8):
+        tma.async_store(turn_desc, [first_token + warpgroup * ROWS + 8 * block, 0], sums.index(block))
     tma.store_wait(0)
-    mbarrier.arrive(ring.empty.index(mine))
-    return phases
 
 
 @gluon.jit
-def _backward(ring, warpgroup: gl.constexpr, part_ptr, turn_desc, num_tiles, num_blocks, d, bias_everywhere):
-    """A warpgroup."""
-    _sum_tile(ring, warpgroup, part_ptr, num_tiles, d, bias_everywhere)
-    stage, _phase = ring.stage(num_tiles)
-    phases = _phases(ring, num_tiles)
-    for block in range(gl.program_id(0), num_blocks, gl.num_programs(0)):
-        phases = _turn(ring, warpgroup, turn_desc, block, stage, phases)
-
-
-@gluon.jit
-def grassmann_mix_bwd(
-    frame_desc: "tensordesc<fp32[8,64]>", grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>",
-    weight_desc: "tensordesc<dtype[BLOCK_N,64]>", turn_desc: "tensordesc<fp32[8,64]>", part_ptr: "*fp32:16",
-    num_tokens: "i32", share: "i32", d: "i32:8", bias_everywhere: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+def grassmann_mix_bwd_frame(
+    frame_desc: "tensordesc<fp32[8,64]>", weight_desc: "tensordesc<dtype[BLOCK_N,64]>",
+    grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", turn_desc: "tensordesc<fp32[8,64]>",
+    part_desc: "tensordesc<fp32[8,128]>", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16",
+    num_parts: "i32", d: "i32:8", r: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PART_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The gradients of the weight, of which a program has 128 planes and sums over `share` tiles of 64 tokens, and of the
-    frames, of 128 tokens at a time. The gradient of g has BLOCK_N columns at most."""
-    dtype: gl.constexpr = grad_g_desc.dtype
-    first_tile = gl.program_id(0) // 4 * share
-    num_tiles = gl.minimum(gl.cdiv(num_tokens, ROWS) - first_tile, share)
-    num_blocks = gl.cdiv(num_tokens, 2 * ROWS)
-    ring = Tokens(
-        gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype)),
-        gl.allocate_shared_memory(gl.float32, [9 * STAGES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32)),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-        mbarrier.allocate_mbarrier(batch=STAGES),
-    )
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=2)
+    """h / N and k of 128 tokens (plucker_mean_bwd_frame), from the gradient of g, which has BLOCK_N columns at most; and on the
+    side a share of the sums over the parts that grassmann_mix_bwd_weight has left.
+
+    Its products need nothing of that kernel, which lets it start when the frames are there; the helpers that add parts up wait for
+    it, and all wait in the end, so that what follows may rely on both.
+    """
+    dtype: gl.constexpr = weight_desc.dtype
+    first_token = gl.program_id(0) * 2 * ROWS
+    weights, memory, full = _new_block(dtype, STAGES, BLOCK_N, 2)
+    frames = gl.allocate_shared_memory(gl.float32, [18, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32))
+    parts = gl.allocate_shared_memory(gl.float32, [PART_STAGES, 8, 128], gl.NVMMASharedLayout.get_default_for([8, 128], gl.float32))
+    parts_full = mbarrier.allocate_mbarrier(batch=PART_STAGES)
+    for i in gl.static_range(PART_STAGES):
+        mbarrier.init(parts_full.index(i), count=1)
     fence_async_shared()
+    mbarrier.expect(full.index(0), 2 * ROWS * BLOCK_N * 2)
+    for i in gl.static_range(2):
+        tma.async_load(grad_g_desc, [first_token + i * ROWS, 0], full.index(0), memory.index(i))
+    _load_frames(frame_desc, full.index(1), frames, 9)
     gl.warp_specialize(
         [
-            (_backward, (ring, 0, part_ptr, turn_desc, num_tiles, num_blocks, d, bias_everywhere)),
-            (_backward, (ring, 1, part_ptr, turn_desc, num_tiles, num_blocks, d, bias_everywhere)),
-            (_load, (ring, frame_desc, grad_g_desc, weight_desc, first_tile, num_tiles, num_blocks)),
+            (_turn, (weights, memory, frames, full, 0, turn_desc, first_token, BLOCK_N)),
+            (_turn, (weights, memory, frames, full, 1, turn_desc, first_token, BLOCK_N)),
+            (_load_weights, (weights, weight_desc, 0)),
+            (_sum_parts, (parts, parts_full, part_desc, grad_weight_ptr, grad_bias_ptr, num_parts, d, r)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 2],
+        [216, 24, 64],
     )  # fmt: skip
+    gdc_wait()
 
 
 VARIANTS = [
-    Variant(grassmann_mix_bwd, "sm90a", {"dtype": dtype}, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True})
+    Variant(
+        grassmann_mix_bwd_frame,
+        "sm90a",
+        {"dtype": dtype},
+        {"BLOCK_N": 256, "STAGES": 3, "PART_STAGES": 6, "num_warps": 4, "launch_pdl": True},
+    )
     for dtype in ("bf16", "fp16")
 ]

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from triton_kernels.grassmann_mix import FRAME, _wedge
 from triton_kernels.plucker_mean import COLUMNS, plucker_mean_bwd_token, plucker_mean_frame
-from triton_kernels.scaled_tiles import ROWS
+from triton_kernels.scaled_tiles import ROWS, _advance
 from triton_kernels.variant import Variant
 
 
@@ -48,8 +48,8 @@ def grassmann_mix_start(
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """plucker_mean_frame, and by further programs, one a row, the weight [d, r (r - 1) / 2] and bias [d] as columns [d, 512]."""
-    gdc_wait()
     gdc_launch_dependents()  # what follows has one program a processor: no crowd on those that are done first
+    gdc_wait()
     num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
     if tl.program_id(0) < num_blocks:
         plucker_mean_frame(
@@ -82,47 +82,42 @@ ROWS_J = gl.constexpr(gl.SliceLayout(0, PLANES_BY_TOKEN.value))
 
 @aggregate
 class Tokens:
-    """The gradient of g and the frames of 64 tokens at a time; in the memory of the former, later, tiles of the weight."""
+    """The gradient of g and the frames of 64 tokens at a time."""
 
     grad_g: gl.shared_memory_descriptor  # [stages, 64, BLOCK_N]
     frame: gl.shared_memory_descriptor  # [9 stages, 8, 64]: u, Y, and what comes after them
     full: gl.shared_memory_descriptor  # [stages] barriers
     empty: gl.shared_memory_descriptor
 
-    @gluon.jit
-    def stage(self, n):
-        """Of what is loaded n-th, and the phase that is waited for there."""
-        STAGES: gl.constexpr = self.full.shape[0]
-        return n % STAGES, n // STAGES % 2
+    advance = _advance
 
 
 @gluon.jit
-def _load_grad_g(tokens, grad_g_desc, first_tile, n, pred):
-    stage, _phase = tokens.stage(n)
-    full = tokens.full.index(stage)
-    mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2), pred=pred)
-    tma.async_load(grad_g_desc, [(first_tile + n) * ROWS, 0], full, tokens.grad_g.index(stage), pred=pred)
+def _tile_of(group, warpgroup):
+    """0 and 6, 1 and 3, 2 and 4, 5 and 7: planes of three blocks at most, and one tile at most of those inside blocks, which
+    take longer."""
+    return gl.where(warpgroup == 0, gl.where(group == 3, 5, group), gl.where(group == 0, 6, gl.where(group == 3, 7, group + 2)))
 
 
 @gluon.jit
-def _load_tokens(tokens, frame_desc, grad_g_desc, first_tile, num_tiles):
-    group = gl.program_id(0) % 4
+def _load_tokens(tokens, frame_desc, grad_g_desc, first_token, end_token):
+    """The helper."""
+    group = gl.program_id(0)
     not_needed = gl.where(group == 3, 0, gl.where(group == 2, 2, 3))  # the fourth block
-    STAGES: gl.constexpr = tokens.full.shape[0]
-    for n in range(gl.minimum(num_tiles, STAGES)):
-        _load_grad_g(tokens, grad_g_desc, first_tile, n, True)
-    gdc_wait()
-    for n in range(num_tiles):
-        stage, phase = tokens.stage(n)
+    stage = 0
+    phase = 1
+    for token in range(first_token, end_token, ROWS):
+        mbarrier.wait(tokens.empty.index(stage), phase)
         full = tokens.full.index(stage)
-        mbarrier.wait(tokens.empty.index(stage), phase ^ 1)
-        _load_grad_g(tokens, grad_g_desc, first_tile, n, n >= STAGES)
-        row = (first_tile + n) * FRAME
+        mbarrier.expect(full, ROWS * (7 * 8 * 4 + tokens.grad_g.shape[2] * 2))
+        tma.async_load(grad_g_desc, [token, 0], full, tokens.grad_g.index(stage))
+        row = token // ROWS * FRAME
         tma.async_load(frame_desc, [row + 64, 0], full, tokens.frame.index(stage * 9 + 8))
         for i in gl.static_range(3):
             block = i + (i >= not_needed).to(gl.int32)
             tma.async_load(frame_desc, [row + block * 8, 0], full, tokens.frame.index(stage * 9 + block))
             tma.async_load(frame_desc, [row + 32 + block * 8, 0], full, tokens.frame.index(stage * 9 + 4 + block))
+        stage, phase = tokens.advance(stage, phase)
 
 
 @gluon.jit
@@ -154,23 +149,24 @@ def _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE: gl.constexpr,
 
 
 @gluon.jit
-def _sum_planes(tokens, part_ptr, tile, a, b, num_tiles, d, bias_everywhere, INSIDE: gl.constexpr):
+def _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, INSIDE: gl.constexpr):
     """A warpgroup: a tile of 64 planes."""
     BLOCK_N: gl.constexpr = tokens.grad_g.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     sums = gl.full([64, BLOCK_N], 0.0, gl.float32, mma)
-    mbarrier.wait(tokens.full.index(0), 0)
-    pbar = _planes_by_token(tokens, 0, a, b, bias_everywhere, INSIDE, operand)
-    for n in range(num_tiles):
-        stage, _phase = tokens.stage(n)
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    mbarrier.wait(tokens.full.index(0), 0, pred=first_token < end_token)
+    pbar = _planes_by_token(tokens, stage, a, b, bias_everywhere, INSIDE, operand)
+    for token in range(first_token, end_token, ROWS):
         sums_next = warpgroup_mma(pbar, tokens.grad_g.index(stage), sums, is_async=True)
-        next_stage, next_phase = tokens.stage(n + 1)
-        mbarrier.wait(tokens.full.index(next_stage), next_phase, pred=n + 1 < num_tiles)
+        next_stage, next_phase = tokens.advance(stage, phase)
+        mbarrier.wait(tokens.full.index(next_stage), next_phase, pred=token + ROWS < end_token)
         pbar_next = _planes_by_token(tokens, next_stage, a, b, bias_everywhere, INSIDE, operand)
         sums = warpgroup_mma_wait(0, deps=(sums_next,))
         mbarrier.arrive(tokens.empty.index(stage))
-        pbar = pbar_next
+        stage, phase, pbar = next_stage, next_phase, pbar_next
     row = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
     to = part_ptr + (column // 8 * (512 * 8) + column % 8)[None, :] + row[:, None] * 8
@@ -178,23 +174,89 @@ def _sum_planes(tokens, part_ptr, tile, a, b, num_tiles, d, bias_everywhere, INS
 
 
 @gluon.jit
-def _sum_tile(tokens, warpgroup: gl.constexpr, part_ptr, num_tiles, d, bias_everywhere):
-    """A warpgroup: a tile of 64 planes. pbar^T @ grad_g of the tokens, a part of the sum: [d / 8, 512, 8], so that a warp writes 256
-    bytes side by side."""
-    # Tiles 6 and 0, 3 and 1, 4 and 2, 7 and 5: planes of three blocks at most. Those inside blocks take longer and more registers.
-    group = gl.program_id(0) % 4
-    part_ptr += (gl.program_id(0) // 4).to(gl.int64) * 512 * d
-    if warpgroup == 0:
-        if (group == 0) | (group == 3):
-            tile = gl.where(group == 0, 6, 7)
-            a = 2 * tile - 12
-            _sum_planes(tokens, part_ptr, tile, a, a + 1, num_tiles, d, bias_everywhere, True)
-        else:
-            _sum_planes(tokens, part_ptr, group + 2, 1, group + 1, num_tiles, d, bias_everywhere, False)
+def _sum_tile(tokens, warpgroup, part_ptr, first_token, end_token, d, bias_everywhere):
+    """A warpgroup: a tile of 64 planes."""
+    tile = _tile_of(gl.program_id(0), warpgroup)
+    part_ptr += gl.program_id(1).to(gl.int64) * 512 * d
+    if tile < 6:
+        a = (tile > 2).to(gl.int32) + (tile > 4).to(gl.int32)
+        b = gl.where(tile < 3, tile + 1, gl.where(tile < 5, tile - 1, 3))
+        _sum_planes(tokens, part_ptr, tile, a, b, first_token, end_token, d, bias_everywhere, False)
     else:
-        a = gl.where(group == 3, 2, 0)
-        b = gl.where(group == 3, 3, group + 1)
-        _sum_planes(tokens, part_ptr, gl.where(group == 3, 5, group), a, b, num_tiles, d, bias_everywhere, False)
+        a = 2 * tile - 12
+        _sum_planes(tokens, part_ptr, tile, a, a + 1, first_token, end_token, d, bias_everywhere, True)
+
+
+@gluon.jit
+def grassmann_mix_bwd_weight(
+    frame_desc: "tensordesc<fp32[8,64]>", grad_g_desc: "tensordesc<dtype[64,BLOCK_N]>", part_ptr: "*fp32:16",
+    num_tokens: "i32", share: "i32", d: "i32:8", bias_everywhere: "i32", BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """pbar^T @ grad_g of 128 planes, summed over `share` tokens, a multiple of 64: [splits, d / 8, 512, 8], so that a warp
+    writes 256 bytes side by side."""
+    dtype: gl.constexpr = grad_g_desc.dtype
+    first_token = gl.program_id(1) * share
+    end_token = gl.minimum(first_token + share, num_tokens)
+    tokens = Tokens(
+        gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_N], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_N], dtype)),
+        gl.allocate_shared_memory(gl.float32, [9 * STAGES, 8, ROWS], gl.NVMMASharedLayout.get_default_for([8, ROWS], gl.float32)),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+        mbarrier.allocate_mbarrier(batch=STAGES),
+    )
+    for i in gl.static_range(STAGES):
+        mbarrier.init(tokens.full.index(i), count=1)
+        mbarrier.init(tokens.empty.index(i), count=2)
+    fence_async_shared()
+    gdc_wait()
+    gdc_launch_dependents()  # now: grassmann_mix_bwd_frame relies on it for its inputs
+    gl.warp_specialize(
+        [
+            (_sum_tile, (tokens, 0, part_ptr, first_token, end_token, d, bias_everywhere)),
+            (_sum_tile, (tokens, 1, part_ptr, first_token, end_token, d, bias_everywhere)),
+            (_load_tokens, (tokens, frame_desc, grad_g_desc, first_token, end_token)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_part(tiles, full, stage, part_desc, part, chunk, num_chunks, pred):
+    mbarrier.expect(full.index(stage), 8 * 128 * 4, pred=pred)
+    tma.async_load(part_desc, [(part * num_chunks + chunk) * 8, 0], full.index(stage), tiles.index(stage), pred=pred)
+
+
+@gluon.jit
+def _sum_parts(tiles, full, part_desc, grad_weight_ptr, grad_bias_ptr, num_parts, d, r):
+    """Helpers of grassmann_mix_bwd_frame: the gradients of the weight and of the bias, from partial sums [num_parts, d / 8, 512, 8].
+    A program has chunks of 128 columns and 8 rows, which lie side by side."""
+    gdc_wait()
+    STAGES: gl.constexpr = tiles.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+    line = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
+    place = gl.arange(0, 128, gl.SliceLayout(0, layout))[None, :]
+    num_chunks = d // 2
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    for chunk in range(gl.program_id(0), num_chunks, gl.num_programs(0)):
+        ahead = stage
+        for part in range(STAGES):
+            _load_part(tiles, full, ahead, part_desc, part, chunk, num_chunks, part < num_parts)
+            ahead = gl.where(ahead == STAGES - 1, 0, ahead + 1)
+        sums = gl.full([8, 128], 0.0, gl.float32, layout)
+        for part in range(num_parts):
+            mbarrier.wait(full.index(stage), phase)
+            sums += tiles.index(stage).load(layout)
+            gl.barrier()  # both warps have it
+            _load_part(tiles, full, stage, part_desc, part + STAGES, chunk, num_chunks, part + STAGES < num_parts)
+            last = stage == STAGES - 1
+            stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+        column = chunk % 4 * 128 + line * 16 + place // 8
+        row = chunk // 4 * 8 + place % 8
+        plane, ok = _plane_of(column, r)
+        sums = sums.to(grad_weight_ptr.dtype.element_ty)
+        gl.store(grad_weight_ptr + row * (r * (r - 1) // 2) + plane, sums, mask=ok)
+        gl.store(grad_bias_ptr + row + 0 * column, sums, mask=column == BIAS)
 
 
 @triton.jit
@@ -204,34 +266,15 @@ def grassmann_mix_finish(
     frame_ptr: "*fp32", pairs_ptr: "*fp32", turn_ptr: "*fp32", grad_z_ptr: "*dtype:16", grad_stride: "i32:8",
     num_tokens: "i32", length: "i32", width: "i32:8", num_offsets: "i32",
     has_valid: "i32", num_sequences: "i32", search_steps: "i32",
-    part_ptr: "*fp32:16", grad_weight_ptr: "*dtype:16", grad_bias_ptr: "*dtype:16", num_parts: "i32", d: "i32:8", r: "i32",
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """plucker_mean_bwd_token, which computes, and by further programs the gradients of the weight and of the bias, from partial
-    sums [num_parts, d / 8, 512, 8], which takes memory's time."""
+    """plucker_mean_bwd_token."""
     gdc_wait()
-    num_blocks = tl.cdiv(num_tokens, COLUMNS) * (COLUMNS // BLOCK_T)
-    if tl.program_id(0) < num_blocks:
-        plucker_mean_bwd_token(
-            valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
-            grad_stride, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
-            AT_ONCE,
-        )  # fmt: skip
-    else:
-        block = tl.program_id(0) - num_blocks
-        column = block % (512 // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-        row = block // (512 // BLOCK_C) * 8 + tl.arange(0, 8)
-        part = tl.arange(0, PARTS_AT_ONCE)
-        at = part_ptr + (part * 512 * d)[:, None, None] + (column * 8)[None, :, None] + (row // 8 * (512 * 8) + row % 8)[None, None, :]
-        sums = tl.zeros((BLOCK_C, 8), tl.float32)
-        for first in range(0, num_parts, PARTS_AT_ONCE):
-            sums += tl.sum(tl.load(at, mask=(first + part < num_parts)[:, None, None], other=0.0), 0)
-            at += PARTS_AT_ONCE * 512 * d
-        plane, ok = _plane_of(column, r)
-        to = grad_weight_ptr + row.to(tl.int64)[None, :] * (r * (r - 1) // 2) + plane[:, None]
-        sums = sums.to(grad_weight_ptr.dtype.element_ty)
-        tl.store(to, sums, mask=ok[:, None])
-        tl.store(grad_bias_ptr + row[None, :] + 0 * column[:, None], sums, mask=(column == BIAS)[:, None])
+    plucker_mean_bwd_token(
+        valid_ptr, cu_seqlens_ptr, offsets_ptr, o0, o1, o2, o3, o4, o5, o6, o7, frame_ptr, pairs_ptr, turn_ptr, grad_z_ptr,
+        grad_stride, num_tokens, length, width, num_offsets, has_valid, num_sequences, search_steps, HEAD_DIM, BLOCK_T,
+        AT_ONCE,
+    )  # fmt: skip
 
 
 VARIANTS = [
@@ -239,9 +282,10 @@ VARIANTS = [
     for dtype in ("bf16", "fp16")
     for kernel, tile in (
         (grassmann_mix_start, {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "num_warps": 2, "launch_pdl": True}),
+        (grassmann_mix_bwd_weight, {"BLOCK_N": 256, "STAGES": 4, "num_warps": 4, "launch_pdl": True}),
         (
             grassmann_mix_finish,
-            {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "BLOCK_C": 32, "PARTS_AT_ONCE": 16, "num_warps": 2, "launch_pdl": True},
+            {"HEAD_DIM": 32, "BLOCK_T": 32, "AT_ONCE": 2, "num_warps": 2, "launch_pdl": True},
         ),
     )
 ]

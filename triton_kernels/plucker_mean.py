@@ -310,8 +310,9 @@ def plucker_mean_bwd_token(
     for group in range(0, num_offsets, AT_ONCE):
         k = group + turn
         offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        candidates = active & (k < num_offsets)
         # The earlier token: beta u + cot (h - beta w), w of length 1; nothing where there is no plane, the factor is 0 then.
-        pairs = _is_valid(valid_ptr, token - offset, active & (token - first >= offset) & (k < num_offsets), has_valid)
+        pairs = _is_valid(valid_ptr, token - offset, candidates & (token - first >= offset), has_valid)
         v = tl.load(_at(frame_ptr, _columns(token - offset, FRAME), 0, HEAD_DIM), mask=pairs[None, None, :], other=0.0)
         cosine, factor, rest = _pair(pairs_ptr, k, _columns(token, 3 * num_offsets), pairs)
         w = _normal(u, v, cosine, rest)
@@ -320,12 +321,9 @@ def plucker_mean_bwd_token(
         of_u += beta
         of_h += cot
         grad = tl.fma(-(cot * beta * factor)[None, None, :], w, grad)
-    grad = tl.fma(of_u[None, None, :], u, tl.fma(of_h[None, None, :], h, grad))
-    for group in range(0, num_offsets, AT_ONCE):
-        k = group + turn
-        offset = _offset(offsets_ptr, k, num_offsets, o0, o1, o2, o3, o4, o5, o6, o7)
+        # The later one.
         later = token + offset
-        pairs = _is_valid(valid_ptr, later, active & (offset < end - token) & (k < num_offsets), has_valid)
+        pairs = _is_valid(valid_ptr, later, candidates & (offset < end - token), has_valid)
         mask = pairs[None, None, :]
         v = tl.load(_at(frame_ptr, _columns(later, FRAME), 0, HEAD_DIM), mask=mask, other=0.0)
         share = tl.load(_at(turn_ptr, _columns(later, 2 * HEAD_DIM), 0, HEAD_DIM), mask=mask, other=0.0)
@@ -333,7 +331,7 @@ def plucker_mean_bwd_token(
         w = _normal(v, u, cosine, rest)
         beta = _dot(w, share) * factor
         grad = tl.fma(-factor[None, None, :], tl.fma(-(beta * factor)[None, None, :], w, share), grad)
-    grad = _over_turns(grad, AT_ONCE)
+    grad = _over_turns(tl.fma(of_u[None, None, :], u, tl.fma(of_h[None, None, :], h, grad)), AT_ONCE)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = token < num_tokens
     inverse = tl.load(frame_ptr + _columns(token, FRAME) + (FRAME - 1) * COLUMNS, mask=mask, other=0.0)[None, None, :]
