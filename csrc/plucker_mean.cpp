@@ -110,7 +110,8 @@ class Launch {
                              {"num_sequences", as_i32(p_.sequences())},
                              {"search_steps", search_steps()}});
     args.insert(args.end(), more.args.begin(), more.args.end());
-    const unsigned programs = blocks(p_.outputs(), kBlockColumns) * static_cast<unsigned>(kBlockColumns / kernel["BLOCK_T"]);
+    const unsigned programs =
+        blocks(p_.outputs(), kBlockColumns) * static_cast<unsigned>(kBlockColumns / kernel["BLOCK_T"]);
     const std::array<unsigned, 3> grid = {programs + more.count, 1, 1};
     launch(kernel, device_, stream_, grid, Span<Arg>(args.data(), args.size()));
   }

@@ -66,7 +66,8 @@ MeanPlucker plucker_mean_forward(const PluckerMean& p, const PluckerFrames& fram
 // grad_pbar: as empty_planes() is. grad_z: [tokens, r], a matrix of any row stride, written whole.
 void plucker_mean_backward(const PluckerMean& p, const PluckerFrames& frames, const Tensor& grad_pbar,
                            const Tensor& grad_z);
-// The second half of it on CUDA, from `turn`, fp32 [blocks, 2 rows, 64] (triton_kernels/plucker_mean.py says what it is).
+// The second half of it on CUDA, from `turn`, fp32 [blocks, 2 rows, 64] (triton_kernels/plucker_mean.py says what it
+// is).
 void plucker_mean_backward_token(const PluckerMean& p, const PluckerFrames& frames, const Tensor& turn,
                                  const Tensor& grad_z, const MorePrograms& more = {});
 
