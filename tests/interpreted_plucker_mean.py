@@ -57,7 +57,7 @@ def run(problem, head_dim, block, history, at_once):
     return pbar, seen, grad_z[..., :r]
 
 
-def run_case(block, head_dim=16, dtype="float32", history=0, at_once=1, **case):
+def run_case(block, head_dim=16, dtype="float32", history=0, at_once=2, **case):
     """{output: relative error}."""
     problem = draw(mix=False, dtype=getattr(torch, dtype), **case)
     pbar, seen, grad_z = run(problem, head_dim, block, history, at_once)

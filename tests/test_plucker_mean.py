@@ -207,19 +207,19 @@ def test_small_angles_are_accurate():
 
 
 INTERPRETED = {
-    "a block of tokens": dict(length=19, r=13, block=4),
-    "one token at a time": dict(length=6, r=33, block=1, head_dim=64),
-    "r fills the tile": dict(length=9, r=16, block=2),
-    "ten offsets, some beyond": dict(length=12, r=5, block=4, offsets=(1, 1, 2, 3, 4, 5, 6, 7, 40, 8, 11)),
-    "nothing pairs": dict(length=3, r=5, block=4, offsets=(3,)),
-    "packed": dict(length=21, r=6, block=4, packed=True, masked=True, offsets=(1, 2, 5)),
-    "packed, one token at a time": dict(length=9, r=5, block=1, packed=True, offsets=(1, 2)),
-    "a past without output": dict(length=19, r=6, block=4, history=5, offsets=(1, 2, 7)),
-    "masked": dict(length=15, r=7, block=4, masked=True, offsets=(1, 2, 5)),
-    "degenerate": dict(length=20, r=9, block=2, kind="degenerate", offsets=(1, 2, 3)),
-    "scaled": dict(length=12, r=9, block=2, kind="scaled"),
-    "r = 2, fp16": dict(length=12, r=2, block=4, dtype="float16", head_dim=8),
-    "fp16": dict(length=12, r=11, block=4, dtype="float16"),
+    "two blocks of tokens": dict(length=29, r=13, block=16),
+    "more coordinates than a part has": dict(length=6, r=33, block=8, head_dim=64),
+    "r fills the tile": dict(length=9, r=16, block=8),
+    "ten offsets, some beyond": dict(length=12, r=5, block=16, at_once=4, offsets=(1, 1, 2, 3, 4, 5, 6, 7, 40, 8, 11)),
+    "nothing pairs": dict(length=3, r=5, block=16, offsets=(3,)),
+    "packed": dict(length=21, r=6, block=16, packed=True, masked=True, offsets=(1, 2, 5)),
+    "packed, each offset by itself": dict(length=9, r=5, block=16, at_once=1, packed=True, offsets=(1, 2)),
+    "a past without output": dict(length=19, r=6, block=16, history=5, offsets=(1, 2, 7)),
+    "masked": dict(length=15, r=7, block=16, masked=True, offsets=(1, 2, 5)),
+    "degenerate": dict(length=20, r=9, block=8, kind="degenerate", offsets=(1, 2, 3)),
+    "scaled": dict(length=12, r=9, block=8, kind="scaled"),
+    "r = 2, fp16": dict(length=12, r=2, block=16, dtype="float16", head_dim=8),
+    "fp16": dict(length=12, r=11, block=16, dtype="float16"),
 }
 
 

@@ -156,9 +156,9 @@ def _over_turns(x, AT_ONCE: tl.constexpr):
     """The sum of what they have of a token: [PARTS, R / PARTS, BLOCK_T]."""
     if AT_ONCE == 1:
         return x
-    # Not tl.sum, which has 40 barriers here.
-    first, second = tl.split(tl.permute(x.reshape(x.shape[0], x.shape[1], 2, x.shape[2] // 2), (0, 1, 3, 2)))
-    return first + second
+    else:  # not tl.sum, which has 40 barriers here
+        first, second = tl.split(tl.permute(x.reshape(x.shape[0], x.shape[1], 2, x.shape[2] // 2), (0, 1, 3, 2)))
+        return _over_turns(first + second, AT_ONCE // 2)
 
 
 @triton.jit
