@@ -62,6 +62,15 @@ def attention_flop(family: str, key: dict, shape: tuple[int, ...]) -> float:
     return (3 if "_bwd" in family else 1) * 4 * key["HEAD_DIM"] * heads * batch * pairs
 
 
+def sequence_bounds(key: dict, small: bool) -> Workload:
+    length, w1, w2 = (150, 70, 9) if small else (1 << 18, 1, 1)  # little else to do beside it
+    inputs = [normal(dtype_of(key, "bf16"), 1, length, heads, 64) for heads in (8, 1, 1, 1, 1)]
+    starts = torch.tensor([0, length // 3, length], dtype=torch.int32, device=DEVICE)
+    options = dict(w1=w1, w2=w2, cu_seqlens=starts)
+    op = partial(simplex_ops.two_simplicial_attention, return_lse=True, **options)
+    return op, partial(reference.two_simplicial_attention, **options), inputs
+
+
 def plucker_mean(key: dict, small: bool) -> Workload:
     batch, length = (2, 50) if small else (32, 512)
     z = normal(dtype_of(key), batch, length, key.get("HEAD_DIM", 32) // 2)
@@ -150,6 +159,7 @@ def route_kv_append(key: dict, small: bool) -> Workload:
 
 # By the start of the family's name; the longest that fits counts.
 WORKLOADS: dict[str, Callable[..., Workload]] = {
+    "sequence_bounds": sequence_bounds,
     "plucker_mean": plucker_mean,
     "grassmann_blend": grassmann_blend,
     "grassmann_layer": grassmann_layer,
