@@ -97,8 +97,9 @@ def two_simplicial_attention(
         determinant: the rotation-invariant form of the paper's section 5, see below. head_dim is any number up to 128 then.
         cu_seqlens: int32 [sequences + 1], ascending from 0 to length: several sequences packed into one row, batch 1 and
             q_length = length, of which the i-th holds the positions cu_seqlens[i] to cu_seqlens[i + 1] - 1. No query sees
-            a key of another sequence: the result is that of a call for each. (On CUDA nobody looks at the values
-            beforehand, for that would wait for the GPU; wrong ones give wrong results and read no foreign memory.)
+            a key of another sequence: the result is that of a call for each, and finite values of others change no bit of
+            it. (On CUDA nobody looks at cu_seqlens beforehand, for that would wait for the GPU; wrong ones give wrong results
+            and read no foreign memory. And what is inf or NaN in a sequence may there make NaN of its neighbours.)
         return_lse: also return the log-sum-exp, which merges results over disjoint sets of pairs. It is differentiable.
 
     With ``determinant`` the three vectors are cut into chunks of 3, and a score is what no rotation of 3-space changes::
