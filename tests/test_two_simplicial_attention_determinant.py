@@ -7,6 +7,7 @@ import torch
 from problem import DTYPES, FLOOR, PRECISE, assert_close_to_truth, draw, evaluate, leaves, small
 
 import simplex_ops
+from simplex_ops.models import DecoderConfig, DecoderLM
 from simplex_ops.nn import TwoSimplicialAttention
 
 op = partial(simplex_ops.two_simplicial_attention, determinant=True, return_lse=True)
@@ -130,3 +131,16 @@ def test_layer(device):
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="expected head_dim to be from 1 to 128 in the determinant form, got 136"):
         TwoSimplicialAttention(48, 4, 2, 136, determinant=True)
+
+
+def test_model():
+    """The option reaches the mixer, and the model decodes what it sees whole."""
+    sizes = {"dim": 32, "heads": 2, "kv_heads": 1, "head_dim": 12, "mlp_dim": 48, "layers": ("sdpa", "two_simplicial")}
+    options = {"two_simplicial": {"w1": 7, "w2": 3, "determinant": True}}
+    model = DecoderLM(DecoderConfig(**sizes, options=options))
+    assert model.layers[1].mixer.determinant
+    tokens = torch.randint(256, (2, 9))
+    cache = model.new_cache(2, 9)
+    with torch.no_grad():
+        steps = [model(tokens[:, i : i + 1], cache, i) for i in range(9)]
+        torch.testing.assert_close(torch.cat(steps, 1), model(tokens), rtol=1e-4, atol=1e-5)
